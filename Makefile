@@ -1,0 +1,33 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.d2dcompile-installed
+
+.PHONY: demo test check bench-cluster clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/quickstart.py --ablate --out out/quickstart
+
+test: $(STAMP) check
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	rm -rf build/typing
+	$(BIN)/python -c "from setuptools import setup; setup()" -q build_py --build-lib build/typing
+	$(BIN)/mypy
+
+bench-cluster: $(STAMP)
+	$(BIN)/python benchmarks/cluster.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build out $(VENV)

@@ -1,0 +1,45 @@
+"""Dense transformers to dynamic-k Mixture-of-Experts (D2DMoE), as a torch.compile backend.
+
+    import d2dcompile as d2d
+
+    conversion = d2d.convert(model, batches)         # split FFNs into experts, fit routers, attach
+    fast = torch.compile(model, backend="d2dmoe")    # run chosen experts only
+    d2d.set_tau(model, 0.2)                          # quality against cost, without recompiling
+
+Szatkowski, Wojcik, Piorczynski, Scardapane: Exploiting Activation Sparsity with Dense to Dynamic-k
+Mixture-of-Experts Conversion, NeurIPS 2024, arXiv:2310.04361.
+"""
+
+from . import errors
+from .artifact import load
+from .attachment import attach, detach, set_tau
+from .config import Config
+from .conversion import convert
+from .explaining import Report, explain
+from .ir import Conversion, Experts, Miss, Plan, Site
+from .measuring import SiteStats, Stats, fit_tau, measure
+from .rewriting import rewrite
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "Conversion",
+    "Experts",
+    "Miss",
+    "Plan",
+    "Report",
+    "Site",
+    "SiteStats",
+    "Stats",
+    "attach",
+    "convert",
+    "detach",
+    "errors",
+    "explain",
+    "fit_tau",
+    "load",
+    "measure",
+    "rewrite",
+    "set_tau",
+]

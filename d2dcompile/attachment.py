@@ -1,0 +1,344 @@
+"""Attach a conversion to a live model: neurons permuted in place, routers and tau beside them.
+
+What is attached lives in a table keyed by the identity of each site's down weight, not in the model:
+no parameter is renamed or added, and compiled graphs find a site's operands by the weights they are
+called with, whichever layer or model instance that is. Layout after attaching: every weight of a site
+is stored neuron-major ([H, D], so that each expert is one contiguous slab) behind its old shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import unwrap
+from .errors import ConversionMismatchError, TauError, WeightsChangedError
+from .ir import Conversion, Experts, Site
+from .kernels.gate import tau_bits
+from .passes.insert_moe import operand_names
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class State:
+    """One attached site: its weights (weakly held), router, tau, and when they were last verified."""
+
+    def __init__(self, experts: Experts, weights: Mapping[str, nn.Parameter]) -> None:
+        self.experts = experts
+        self.site = experts.site
+        self._weights = {role: weakref.ref(weight) for role, weight in weights.items()}
+        self._tau: dict[torch.device, Tensor] = {}
+        self._cache: dict[str, Any] = {}
+        self.tau = experts.tau
+        self.applied: float | None = None  # the tau option that a backend has set already
+        self.seen = self._fingerprint()
+
+    def weight(self, role: str) -> nn.Parameter:
+        """The live parameter of a role ("up", "down.bias", ...)."""
+        parameter = self._weights[role]()
+        if parameter is None:
+            raise WeightsChangedError(
+                f"Parameter {self.site.tensors[role]} of site {self.site.name!r} was replaced after "
+                "the conversion. Run convert() again on the new weights."
+            )
+        return parameter
+
+    def owns(self, weights: Mapping[str, Any]) -> bool:
+        """Whether these are the very parameters the site was attached to, by role."""
+        return all(ref() is weights.get(role) for role, ref in self._weights.items())
+
+    def set_tau(self, tau: float) -> None:
+        """Change the threshold in place, on every device it was used on."""
+        self.tau = tau
+        for device, held in self._tau.items():
+            held.copy_(tau_bits(tau, device))
+
+    def tau_on(self, device: torch.device) -> Tensor:
+        """The threshold as int32 bits on a device; the same tensor for the life of the state."""
+        if device not in self._tau:
+            with torch.inference_mode(False):
+                self._tau[device] = tau_bits(self.tau, device)
+        return self._tau[device]
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """Cheap identity of the weights' values: in-place edits and swaps of storage change it."""
+        return tuple(
+            (p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version)
+            for p in (ref() for ref in self._weights.values())
+            if p is not None
+        )
+
+    def check(self) -> None:
+        """Raise WeightsChangedError if the weights' values are not those of the conversion.
+
+        Costs a few attribute reads while nothing changed; otherwise the values are hashed once.
+        A cast to another float dtype or a move to another device is recognised by its own hash.
+        """
+        now = self._fingerprint()
+        if now == self.seen:
+            return
+        for role, name in self.site.tensors.items():
+            known = self.experts.hashes[role]["permuted"]
+            weight = self.weight(role)
+            found = digest(weight)
+            dtype = str(weight.dtype).removeprefix("torch.")
+            if found != known.get(dtype):
+                raise WeightsChangedError(
+                    f"Weights of site {self.site.name!r} changed after conversion: {name} now has "
+                    f"SHA-256 {found[:12]} as {dtype}, expected {known.get(dtype, 'none')[:12]}. "
+                    "Run convert() again on the new weights, or compile with "
+                    'options={"trainable": True} if you are fine-tuning the converted model.'
+                )
+        self.seen = now
+        self._cache.clear()
+
+    def operands(self) -> tuple[Tensor, ...]:
+        """What the inserted nodes take, in the order of `operand_names`; views of the live weights.
+
+        While gradients are recorded the views are made anew, so that they lead back to the weights.
+        """
+        live = torch.is_grad_enabled() and any(
+            self.weight(role).requires_grad for role in self._weights
+        )
+        if live:
+            return self._operands(detach=False)
+        key = tuple(entry[:2] for entry in self._fingerprint())
+        if self._cache.get("key") != key:
+            self._cache = {"key": key, "operands": self._operands(detach=True)}
+        cached: tuple[Tensor, ...] = self._cache["operands"]
+        return cached
+
+    def _operands(self, *, detach: bool) -> tuple[Tensor, ...]:
+        weights = {role: self.weight(role) for role in self._weights}
+        down = weights["down"]
+        values = {name: (t.detach() if detach else t) for name, t in slabs(self.site, weights).items()}
+        values["tau"] = self.tau_on(down.device)
+        first = values["w_up"]
+        for name, router in (("router1", self.experts.router1), ("router2", self.experts.router2)):
+            values[name] = router.to(first.device, first.dtype)
+        return tuple(values[name] for name in operand_names(self.site))
+
+
+_STATES: dict[int, State] = {}
+
+
+def lookup(parameter: Any) -> State | None:
+    """The attached site whose down weight is this very tensor, or None."""
+    state = _STATES.get(id(parameter))
+    return state if state is not None and state._weights["down"]() is parameter else None
+
+
+def states(model: nn.Module) -> list[State]:
+    """All attached sites whose down weight belongs to the model, in the order of its parameters."""
+    found = (lookup(parameter) for parameter in unwrap(model).parameters())
+    return [state for state in found if state is not None]
+
+
+def slabs(site: Site, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The expert slabs w_up, w_gate, w_down [H, D] and biases, as views of a site's parameters."""
+    found: dict[str, Tensor] = {}
+    for role in site.params:
+        matrix = _neuron_major(site, role, weights[role])
+        if role == "gate_up":
+            halves = dict(zip(site.halves, matrix.chunk(2), strict=True))
+            found.update(w_gate=halves["gate"], w_up=halves["up"])
+        else:
+            found[f"w_{role}"] = matrix
+    for role in site.biases:
+        bias = weights[f"{role}.bias"]
+        if role == "gate_up":
+            halves = dict(zip(site.halves, bias.chunk(2), strict=True))
+            found.update(b_gate=halves["gate"], b_up=halves["up"])
+        elif role in ("up", "gate", "down"):
+            found[f"b_{role}"] = bias
+    return found
+
+
+def _neuron_major(site: Site, role: str, weight: Tensor) -> Tensor:
+    """[H, D] (or [2 H, D]) view of a weight: neurons are rows of up, columns of down."""
+    neurons_first = (role == "down") == (role in site.transposed)
+    return weight if neurons_first else weight.t()
+
+
+def permuted(site: Site, role: str, tensor: Tensor, order: Tensor) -> Tensor:
+    """A site's tensor with its neurons in `order`, neuron-major in memory, in its own shape."""
+    base, _, bias = role.partition(".")
+    if base == "down" and bias or base not in site.params:
+        return tensor
+    order = order.to(tensor.device)
+    if base == "gate_up":
+        order = torch.cat([order, order + len(order)])
+    if bias:
+        return tensor[order]
+    matrix = _neuron_major(site, role, tensor)
+    return _neuron_major(site, role, matrix[order])
+
+
+def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of a tensor's values in row-major order of its shape, as stored or cast to `dtype`."""
+    values = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def digests(tensor: Tensor) -> dict[str, str]:
+    """Digests of a tensor as it is and as cast to each float dtype a model is served in."""
+    dtypes = {tensor.dtype, *DTYPES}
+    return {
+        str(dtype).removeprefix("torch."): digest(tensor, dtype) for dtype in sorted(dtypes, key=str)
+    }
+
+
+def hashes_of(site: Site, weights: Mapping[str, Tensor], order: Tensor) -> dict[str, Any]:
+    """Per tensor of a site: shape, and digests before ("dense") and after ("permuted")."""
+    return {
+        role: {
+            "shape": list(weights[role].shape),
+            "dense": digests(weights[role]),
+            "permuted": digests(permuted(site, role, weights[role].detach(), order)),
+        }
+        for role in site.tensors
+    }
+
+
+def attach(model: nn.Module, conversion: Conversion) -> nn.Module:
+    """Attach a conversion to a model in place and return the model; its function is unchanged.
+
+    Every site's weights are checked before anything is touched: shapes and SHA-256 against those the
+    conversion was made for, as dense or already permuted. A conversion attached before is replaced.
+
+    Raises ConversionMismatchError naming the first parameter that is missing or different.
+    """
+    detach(model)
+    plain = unwrap(model)
+    found = dict(plain.named_parameters(remove_duplicate=False))
+    work: list[tuple[Experts, dict[str, nn.Parameter], bool]] = []
+    for experts in conversion.experts.values():
+        weights = {}
+        for role, name in experts.site.tensors.items():
+            if name not in found:
+                raise ConversionMismatchError(
+                    f"Site {experts.site.name!r} needs a parameter {name!r}, which this "
+                    f"{type(plain).__name__} does not have. Attach the conversion to the model class "
+                    "it was made for, or run convert() on this model."
+                )
+            weights[role] = found[name]
+        work.append((experts, weights, recognise(experts, weights)))
+    for experts, weights, is_dense in work:
+        register(experts, weights, is_dense)
+    return model
+
+
+def recognise(experts: Experts, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the weights are the conversion's in dense order (True) or permuted (False).
+
+    Raises ConversionMismatchError when they are neither.
+    """
+    order: set[str] = {"dense", "permuted"}
+    for role, name in experts.site.tensors.items():
+        weight, known = weights[role], experts.hashes[role]
+        dtype = str(weight.dtype).removeprefix("torch.")
+        found = digest(weight)
+        if list(weight.shape) != known["shape"]:
+            saw = f"shape {list(weight.shape)}, expected {known['shape']}"
+            order = set()
+        else:
+            order = {kind for kind in order if known[kind].get(dtype) == found}
+            saw = f"SHA-256 {found[:12]} as {dtype}, expected {known['dense'].get(dtype, 'none')[:12]}"
+        if not order:
+            raise ConversionMismatchError(
+                f"The conversion of site {experts.site.name!r} was made for other weights: {name} has "
+                f"{saw}. Load the checkpoint it was made from, or run convert() on this model."
+            )
+    return "dense" in order
+
+
+def register(experts: Experts, weights: Mapping[str, nn.Parameter], is_dense: bool) -> State:
+    """Put one site's weights into expert order and enter it in the table."""
+    for role in experts.site.tensors:
+        order = experts.permutation if is_dense else torch.arange(len(experts.permutation))
+        _store(weights[role], permuted(experts.site, role, weights[role].detach(), order))
+    down = weights["down"]
+    state = State(experts, weights)
+    _STATES[id(down)] = state
+    weakref.finalize(down, _forget, id(down), weakref.ref(state))
+    return state
+
+
+def _forget(key: int, state: weakref.ref[State]) -> None:
+    if _STATES.get(key) is state():
+        _STATES.pop(key, None)
+
+
+def _store(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter new values in its own storage, with the strides of `value`."""
+    held = parameter.data
+    if value.stride() == held.stride():
+        held.copy_(value)
+    elif value.t().is_contiguous() and _dense_storage(held):
+        flat = held.as_strided((held.numel(),), (1,))
+        flat.copy_(value.t().clone().reshape(-1))
+        parameter.data = flat.view(value.shape[1], value.shape[0]).t()
+    elif value.is_contiguous() and _dense_storage(held):
+        flat = held.as_strided((held.numel(),), (1,))
+        flat.copy_(value.clone().reshape(-1))
+        parameter.data = flat.view(value.shape)
+    else:
+        parameter.data = value.clone(memory_format=torch.preserve_format)
+
+
+def _dense_storage(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.t().is_contiguous()
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach` in place and return the model: the original neuron order, and no routers.
+
+    A model without a conversion is left as it is. Weights edited since are restored to their places.
+    """
+    found = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    for state in states(model):
+        order = torch.argsort(state.experts.permutation)
+        for role, name in state.site.tensors.items():
+            # By name: a parameter put in an old one's place is in expert order like the others.
+            value = permuted(state.site, role, found[name].detach(), order)
+            _store(found[name], value.contiguous())
+        _STATES.pop(id(found[state.site.params["down"]]), None)
+    return model
+
+
+def set_tau(model: nn.Module, tau: float | Mapping[str, float]) -> None:
+    """Set the threshold of all sites, or of those named, without recompiling anything.
+
+    tau: 0 runs every expert (the dense model), larger is sparser, at most 1; or {site name: tau}.
+
+    Raises TauError for values that are not finite numbers in 0..1, unknown site names, and a model
+    without an attached conversion. Nothing is changed when an error is raised.
+    """
+    known = {state.site.name: state for state in states(model)}
+    if not known:
+        raise TauError(
+            f"This {type(unwrap(model)).__name__} has no attached conversion; expected one. "
+            "Call convert(model, batches) or load(folder).attach(model) first."
+        )
+    wanted = dict(tau) if isinstance(tau, Mapping) else dict.fromkeys(known, tau)
+    for name, value in wanted.items():
+        if name not in known:
+            raise TauError(f"No site {name!r}; expected one of {', '.join(known)}.")
+        check_tau(value)
+    for name, value in wanted.items():
+        known[name].set_tau(float(value))
+
+
+def check_tau(value: Any) -> float:
+    """The threshold as a float; TauError unless it is a finite number in 0..1."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= 1.0:
+        raise TauError(f"tau is {value!r}; expected a finite number in 0..1 (0 runs all experts).")
+    return float(value)
+
+

@@ -1,0 +1,253 @@
+"""The torch.compile backend: capture -> match -> rewrite -> lower, top to bottom in `backend`.
+
+    torch.compile(model, backend="d2dmoe", options={"conversion": ..., "tau": ..., "strict": ...})
+
+Registered by the entry point `torch_dynamo_backends: d2dmoe` alone; registering the same function by
+decorator too makes torch refuse the name.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any
+
+import torch
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._guards import TracingContext
+from torch.fx import GraphModule
+
+from .attachment import State, check_tau, lookup
+from .capture import Captured, from_dynamo
+from .errors import D2DError, DenseFallbackWarning, NoConversionError, OptionError
+from .ir import Conversion
+from .passes import Match
+from .rewriting import dump, match, rewrite_captured, state_of
+
+log = logging.getLogger(__name__)
+
+INNER = ("inductor", "aot_eager", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `options=` of torch.compile may hold.
+
+    Attributes:
+        conversion: a Conversion or the folder of a saved one, attached to the weights that carry its
+            hashes; without it the conversion already attached to the model is used.
+        tau: threshold to set on every site when a graph is compiled; None keeps the sites' own.
+        strict: whether convertible sites without a conversion are an error (True) or run dense with
+            one warning (False).
+        inner: who compiles the rewritten graph: "inductor", "aot_eager" or "eager".
+        trainable: whether the weights may change, as in fine-tuning; turns off the check that they
+            are still those of the conversion.
+    """
+
+    conversion: Conversion | str | PathLike[str] | None = None
+    tau: float | None = None
+    strict: bool = True
+    inner: str = "inductor"
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tau is not None:
+            check_tau(self.tau)
+        for name in ("strict", "trainable"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"Option {name!r} is {getattr(self, name)!r}; expected a bool.")
+        if self.inner not in INNER:
+            raise OptionError(f"Option 'inner' is {self.inner!r}; expected one of {', '.join(INNER)}.")
+        if not isinstance(self.conversion, (Conversion, str, PathLike, type(None))):
+            raise OptionError(
+                f"Option 'conversion' is a {type(self.conversion).__name__}; expected a Conversion or "
+                "the folder that Conversion.save wrote."
+            )
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Options:
+        """The options, each known and of its type; OptionError says which are not."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise OptionError(
+                f"Unknown option {', '.join(map(repr, unknown))} for backend 'd2dmoe'; "
+                f"expected some of: {', '.join(known)}."
+            )
+        return cls(**given)
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph with its converted sites as mixtures of experts.
+
+    gm, example_inputs: what torch.compile gives a backend; parameters are inputs. options: see
+    `Options`; mode: as for Inductor. Returns a callable with the graph's inputs and outputs.
+
+    Raises OptionError, NoConversionError, ConversionMismatchError, ArtifactError and TauError.
+    """
+    try:
+        chosen = _options(options, mode, unknown)
+        captured = from_dynamo(gm, example_inputs, {})
+        dump("capture", gm)
+        matches, _ = match(captured)
+        states = _states(captured, matches, chosen)
+        converted = [m for m in matches if m.site.name in states]
+        if not converted:
+            return _inner(gm, example_inputs, chosen, mode)
+        rewritten = rewrite_captured(captured, converted)
+        dump("rewritten", rewritten.gm)
+        extra = [t for m in converted for t in states[m.site.name].operands()]
+        compiled = _inner(rewritten.gm, [*example_inputs, *extra], chosen, mode)
+        log.info("%d of %d sites run as experts", len(converted), len(matches))
+        return Dispatching(captured, converted, compiled, chosen)
+    except D2DError as error:
+        raise _plain(error) from error.__cause__
+
+
+def _options(options: Mapping[str, Any] | None, mode: str | None, unknown: Mapping[str, Any]) -> Options:
+    if unknown:
+        raise OptionError(f"Unknown argument {sorted(unknown)} for backend 'd2dmoe'.")
+    if mode not in (None, *MODES):
+        raise OptionError(f"mode is {mode!r}; expected one of {', '.join(MODES)}.")
+    chosen = Options.parse(options or {})
+    if mode not in (None, "default") and chosen.inner != "inductor":
+        raise OptionError(f"mode {mode!r} needs inner 'inductor', not {chosen.inner!r}.")
+    return chosen
+
+
+def _plain(error: D2DError) -> D2DError:
+    """The same error of the same type, in a form that Dynamo passes on instead of wrapping it."""
+    if isinstance(error, ShortenTraceback):
+        return error
+    parts = {"__module__": __name__, "__init__": Exception.__init__, "first_useful_frame": None}
+    kind = type(type(error).__name__, (type(error), ShortenTraceback), parts)
+    plain: D2DError = kind(*error.args)
+    return plain
+
+
+def _states(captured: Captured, matches: Sequence[Match], options: Options) -> dict[str, State]:
+    """{site name: attached state} of the matches that have one, attaching `conversion` if given."""
+    conversion = _load(options.conversion)
+    states: dict[str, State] = {}
+    fresh = False
+    for found in matches:
+        state = state_of(captured, found, None)
+        if state is None and conversion is not None:
+            state = state_of(captured, found, conversion)
+            fresh |= state is not None
+        if state is not None:
+            states[found.site.name] = state
+            if options.tau is not None and state.applied != options.tau:
+                state.applied = options.tau  # once, so that a recompilation keeps a later set_tau
+                state.set_tau(options.tau)
+    if fresh and TracingContext.try_get() is not None:
+        # Attaching changed the strides of weights, which Dynamo recorded before and guards on.
+        raise TensorifyScalarRestartAnalysis(restart_reason="d2dmoe attached a conversion")
+    if matches and not states:
+        names = ", ".join(found.site.name for found in matches)
+        message = (
+            f"No conversion for the {len(matches)} convertible sites of this graph ({names}). Call "
+            "d2dcompile.convert(model, batches) or d2dcompile.load(folder).attach(model) first, or "
+            'pass options={"conversion": folder}.'
+        )
+        if options.strict:
+            raise NoConversionError(message + ' To run dense instead, pass options={"strict": False}.')
+        warnings.warn(message + " Running dense.", DenseFallbackWarning, stacklevel=2)
+    return states
+
+
+def _load(conversion: Conversion | str | PathLike[str] | None) -> Conversion | None:
+    if conversion is None or isinstance(conversion, Conversion):
+        return conversion
+    from .artifact import load
+
+    return load(conversion)
+
+
+def _inner(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, mode: str | None
+) -> Callable[..., Any]:
+    """Compile a graph with the inner backend."""
+    if options.inner == "eager":
+        return gm.forward
+    if options.inner == "aot_eager":
+        run: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(gm, list(inputs))
+        return run
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = None if mode in (None, "default") else list_mode_options(mode)
+    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches)
+    return compiled
+
+
+class Dispatching:
+    """A compiled graph that finds its sites' operands by the weights it is called with.
+
+    Dynamo does not guard on which parameters a graph is called with: the same graph serves other
+    layers and other instances of a model. So each call looks every site's weights up; where a site
+    has no conversion, the call is an error, or with strict=False runs the captured graph dense.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        matches: Sequence[Match],
+        compiled: Callable[..., Any],
+        options: Options,
+    ) -> None:
+        index = {n: i for i, n in enumerate(captured.placeholders())}
+        self._dense = captured.gm.forward
+        self._compiled = compiled
+        self._check = not options.trainable
+        self._sites = [
+            (index[m.weights["down"]], [(r, index[n]) for r, n in m.roles().items()]) for m in matches
+        ]
+        self._kinds = [(m.site.kind, m.site.activation) for m in matches]
+        self._strict = options.strict
+        self._warned = False
+
+    def __call__(self, *args: Any) -> Any:
+        extra: list[Any] = []
+        for (down, roles), kind in zip(self._sites, self._kinds, strict=True):
+            state = lookup(args[down])
+            if state is None or not self._belongs(state, args, roles, kind):
+                return self._run_dense(args)
+            if self._check:
+                state.check()
+            extra += state.operands()
+        return self._compiled(*args, *extra)
+
+    @staticmethod
+    def _belongs(
+        state: State, args: Sequence[Any], roles: Sequence[tuple[str, int]], kind: tuple[str, str]
+    ) -> bool:
+        same = (state.site.kind, state.site.activation) == kind
+        return same and state.owns({role: args[i] for role, i in roles})
+
+    def _run_dense(self, args: Sequence[Any]) -> Any:
+        """The captured graph as it was, for weights without a conversion; an error when strict."""
+        message = (
+            "A graph compiled for converted weights was called with weights that have no conversion: "
+            "another instance of the model, a swapped parameter, or after detach(). Call "
+            "d2dcompile.convert(model, batches) or load(folder).attach(model) for them"
+        )
+        if self._strict:
+            raise NoConversionError(
+                f'{message}, or pass options={{"strict": False}} to run such calls dense.'
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{message}. Running dense, uncompiled.", DenseFallbackWarning, stacklevel=3)
+        return self._dense(*args)

@@ -1,0 +1,194 @@
+"""calibrate: stream batches through the model and keep, per site, router inputs and their targets.
+
+Target of token t and expert e is the L2 norm of the expert's output, ||h_e W_e||, by the Gram identity
+||h_e W_e||^2 = h_e (W_e W_e^T) h_e^T, which needs no E x T x D tensor. Memory is bounded: of a stream of
+any length each site keeps a uniform random sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .attachment import slabs
+from .cluster import balanced_kmeans, permutation, random_split
+from .config import Config
+from .errors import CalibrationError, CalibrationWarning
+from .explaining import observed
+from .ir import Plan, Site
+from .plan import plan
+from .probe import Graph, arguments, probing
+from .router import expert_norms, gram
+
+TOKENS_PER_EXPERT = 20  # below this a router has fewer examples than it could ever need; warned about
+
+
+@dataclass
+class Sample:
+    """A uniform random sample of a stream of rows, at most `limit` of them, in bounded memory.
+
+    Each row draws a random key and the rows with the smallest keys are kept: whatever the batch sizes,
+    every row of the stream is equally likely to be in the sample.
+    """
+
+    limit: int
+    generator: torch.Generator
+    seen: int = 0
+    _parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, x: Tensor, targets: Tensor) -> None:
+        """Offer rows x [n, D] with targets [n, E]."""
+        keys = torch.rand(len(x), generator=self.generator)
+        self.seen += len(x)
+        self._parts.append((keys, x.cpu().clone(), targets.cpu()))
+        if sum(len(part[0]) for part in self._parts) > 1.5 * self.limit:
+            self._shrink()
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The sample: x [n, D] and targets [n, E], n = min(limit, rows seen)."""
+        self._shrink()
+        return self._parts[0][1], self._parts[0][2]
+
+    def _shrink(self) -> None:
+        keys, x, targets = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        kept = keys.argsort()[: self.limit].sort().values
+        self._parts = [(keys[kept], x[kept], targets[kept])]
+
+
+@dataclass
+class Draft:
+    """A site on its way to experts: its plan, neuron order, Gram matrices [E, F, F] and sample."""
+
+    site: Site
+    plan: Plan
+    order: Tensor
+    gram: Tensor
+    sample: Sample
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], config: Config, progress: bool
+) -> tuple[list[Draft], dict[str, str]]:
+    """Drafts of all sites that the batches run, and {site name: reason} of those left dense.
+
+    Raises CalibrationError for no batches, no convertible site, and values that are not finite.
+    """
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
+        raise CalibrationError(
+            "There are no calibration batches; expected at least one. Pass an iterable of what the "
+            "model is called with (a generator can be used only once)."
+        )
+    observer = Calibrating(model, config, progress)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    with probing(model, observer) as call:
+        bar = tqdm(
+            itertools.chain([first], stream), "calibrate", total, disable=not progress, unit="batch"
+        )
+        for batch in bar:
+            args, kwargs = arguments(batch)
+            call(*args, **kwargs)
+            observer.batch += 1
+    observer.close()
+    return list(observer.drafts.values()), observer.dense
+
+
+class Calibrating:
+    """Observer that drafts each site when it is first met, and samples its tokens."""
+
+    def __init__(self, model: nn.Module, config: Config, progress: bool) -> None:
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.config = config
+        self.progress = progress
+        self.drafts: dict[tuple[str, ...], Draft] = {}
+        self.dense: dict[str, str] = {}
+        self.batch = 0
+        self._running: list[Draft | None] = []
+
+    def run(self, graph: Graph, args: Sequence[Any]) -> Any:
+        """Draft new sites of the graph, then run it with its blocks observed."""
+        sites = [found.site for found in graph.matches]
+        new = [s for s in sites if s.name not in self.dense and _key(s) not in self.drafts]
+        plans = {site.name: plan(site, self.config) for site in new}
+        self._budget = self._limit(sites, plans)
+        for site in tqdm(new, "cluster", disable=not self.progress or not new, unit="site"):
+            found = plans[site.name]
+            if isinstance(found, str):
+                self.dense[site.name] = found
+            else:
+                self.drafts.setdefault(_key(site), self._draft(site, found))
+        self._running = [self.drafts.get(_key(site)) for site in sites]
+        return observed(graph).forward(*args)
+
+    def seen(self, index: int, x: Tensor, hidden: Tensor) -> None:
+        """Sample one block's tokens: x [..., D] and hidden [..., H]."""
+        draft = self._running[index]
+        if draft is None:
+            return
+        rows, values = x.reshape(-1, x.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        parts = values[:, draft.order.to(values.device)].unflatten(1, (draft.plan.experts, -1))
+        if not (rows.isfinite().all() and values.isfinite().all()):
+            raise CalibrationError(
+                f"Batch {self.batch} of the calibration data gives NaN or infinity at site "
+                f"{draft.site.name!r}; expected finite values. Check that batch, and that the dense "
+                "model is sound in this dtype."
+            )
+        draft.sample.add(rows, expert_norms(parts, draft.gram))
+
+    def _limit(self, sites: Sequence[Site], plans: dict[str, Plan | str]) -> int:
+        """Tokens to keep per site so that all sites together stay within the memory budget."""
+        experts = [p.experts for p in plans.values() if isinstance(p, Plan)]
+        per_row = max((s.d_model for s in sites), default=1) * 4 + max(experts, default=1) * 4
+        count = max(len({_key(site) for site in sites}), 1)
+        fits = int(self.config.calibration_bytes / (1.5 * count * per_row))  # Sample keeps 1.5 limits
+        return max(1, min(self.config.calibration_tokens, fits))
+
+    def _draft(self, site: Site, chosen: Plan) -> Draft:
+        weights = {role: self.parameters[name].detach() for role, name in site.tensors.items()}
+        views = slabs(site, weights)
+        features = views["w_gate"] if site.kind == "glu" else views["w_up"]
+        if self.config.clustering == "random":
+            labels = random_split(site.d_hidden, chosen.experts, seed=self.config.seed)
+        else:
+            labels = balanced_kmeans(features, chosen.experts, seed=self.config.seed).labels
+        order = permutation(labels).cpu()
+        down = views["w_down"][order.to(views["w_down"].device)]
+        generator = torch.Generator().manual_seed(self.config.seed + len(self.drafts))
+        return Draft(
+            site,
+            chosen,
+            order,
+            gram(down.unflatten(0, (chosen.experts, -1))),
+            Sample(self._budget, generator),
+        )
+
+    def close(self) -> None:
+        """Raise if no site was met; warn about sites with too few tokens."""
+        if not self.drafts:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.dense.items())
+            raise CalibrationError(
+                f"The model ran without a convertible site ({reasons or 'none matched'}); expected at "
+                "least one feed-forward block. d2dcompile.explain(model, ...) says why."
+            )
+        few = [d for d in self.drafts.values() if d.sample.seen < TOKENS_PER_EXPERT * d.plan.experts]
+        if few:
+            worst = min(few, key=lambda draft: draft.sample.seen)
+            warnings.warn(
+                f"Site {worst.site.name!r} saw {worst.sample.seen} calibration tokens for "
+                f"{worst.plan.experts} experts; expected {TOKENS_PER_EXPERT} per expert or more. "
+                "Its router will predict poorly for tau > 0; pass more batches.",
+                CalibrationWarning,
+                stacklevel=5,
+            )
+
+
+def _key(site: Site) -> tuple[str, ...]:
+    return tuple(site.params.values())

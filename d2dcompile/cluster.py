@@ -1,0 +1,286 @@
+"""Split hidden neurons into experts of exactly equal size by balanced k-means, seeded.
+
+    minimise   sum over e, over i in e, of |x_i - mean_e|^2       each expert owns F = N / E rows
+    which is   sum |x_i|^2 - sum over e of |S_e|^2 / F            S_e = sum of the rows of expert e
+
+Rows are the up-projection (or gate) weights of the neurons, L2-normalised: the parameter clustering
+of MoEfication (Zhang et al. 2022, arXiv:2110.01786) that D2DMoE uses. Three stages, all vectorised:
+
+1. Seeds by k-means++ (Arthur and Vassilvitskii 2007), an eighth of the experts per draw.
+2. Reassign all rows at prices that fill every expert evenly (Sinkhorn; Cuturi 2013,
+   arXiv:1306.0895). A row sits in the mean of its own expert and so favours it; most of that pull
+   is taken out, without which the means of small experts hardly move.
+3. Swap rows between pairs of experts, with exact gains, until no candidate pair improves. The
+   objective is a sum over experts, so swaps that share no expert add up and are applied together.
+
+Memory is a few N x E and two N x d fp32 arrays. The same seed gives the same labels on the same
+machine, torch version and number of threads (the order of fp32 sums depends on the last three).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .errors import PlanError
+
+# Constants below were chosen on MiniLM's first up-projection (E = 48, 96) and on synthetic rows
+# (3072 x 768, E = 24, 128): benchmarks/cluster.py.
+PASSES = 20  # reassignments at most; 7 to 12 are usual
+PASS_GAIN = 1e-3  # stop reassigning when a pass lowers the objective by less than this share
+SELF_SHARE = 0.8  # share of a row's pull on its own mean taken out; 1 is exact for one move alone
+SOFTNESS = 0.25  # Sinkhorn temperature, in standard deviations of the scores
+SWEEPS = 10  # Sinkhorn sweeps per pass; prices start from those of the pass before
+SWAP_GAIN = 1e-3  # a swap must lower the objective (at most N) by this much: above fp32 noise
+CANDIDATES = 2  # pairs of experts looked at per expert and swap round
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """A balanced split: `labels` [N] int64, each expert exactly N / E times.
+
+    `objective` is the sum of squared distances of the normalised rows to their expert's mean;
+    `iterations` counts the reassignments and swap rounds that were run.
+    """
+
+    labels: Tensor
+    objective: float
+    iterations: int
+
+
+def balanced_kmeans(
+    features: Tensor,
+    experts: int,
+    *,
+    seed: int = 0,
+    iterations: int = 500,
+    progress: Callable[[int, int], None] | None = None,
+) -> Clusters:
+    """Balanced k-means of the L2-normalised rows of `features` into `experts` equal clusters.
+
+    features [N, d] of any float dtype, cast to fp32; zero rows stay zero. `iterations` caps the
+    reassignments and swap rounds together; `progress(done, iterations)` is called after each.
+    Raises PlanError if `features` is not a finite [N, d] or `experts` does not divide N.
+    """
+    _check_features(features)
+    rows_count = len(features)
+    _check_split(rows_count, experts)
+    if iterations < 1:
+        raise PlanError(f"iterations is {iterations}; expected at least 1. Leave it at its default.")
+    rows = _normalised(features.detach())
+    if experts in (1, rows_count):
+        labels = torch.arange(rows_count, device=rows.device) % experts
+        return Clusters(labels, _objective(rows, labels, experts), 0)
+    done = 0
+
+    def tick() -> bool:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, iterations)
+        return done < iterations
+
+    score = _seeds(rows, experts, torch.Generator().manual_seed(seed))
+    labels = _reassign(rows, score, tick)
+    if done < iterations:
+        labels = _swap(rows, labels, experts, tick)
+    return Clusters(labels, _objective(rows, labels, experts), done)
+
+
+def random_split(neurons: int, experts: int, *, seed: int = 0) -> Tensor:
+    """Labels [neurons] int64 of a uniformly random balanced split: the baseline of clustering.
+
+    Raises PlanError if `experts` does not divide `neurons`.
+    """
+    _check_split(neurons, experts)
+    labels = torch.empty(neurons, dtype=torch.int64)
+    order = torch.randperm(neurons, generator=torch.Generator().manual_seed(seed))
+    labels[order] = torch.arange(neurons) % experts
+    return labels
+
+
+def permutation(labels: Tensor) -> Tensor:
+    """Neurons [N] int64 sorted by expert, then by index: new slot -> old neuron."""
+    return labels.argsort(stable=True)
+
+
+def _check_features(features: Tensor) -> None:
+    if features.dim() != 2 or not features.is_floating_point():
+        raise PlanError(
+            f"features is {features.dtype} of shape {tuple(features.shape)}; expected a float "
+            "matrix [neurons, width]. Pass the weight of the up (or gate) projection."
+        )
+    if features.numel() and not torch.stack(features.aminmax()).isfinite().all():
+        bad = (~features.isfinite().all(1)).nonzero()[:, 0]
+        raise PlanError(
+            f"features has NaN or infinity in {len(bad)} of {len(features)} rows, first in row "
+            f"{int(bad[0])}; expected finite weights. Check the checkpoint."
+        )
+
+
+def _check_split(neurons: int, experts: int) -> None:
+    if experts < 1 or neurons < 1 or neurons % experts:
+        near = [e for e in range(1, neurons + 1) if neurons % e == 0]
+        near = sorted(sorted(near, key=lambda e: abs(e - experts))[:4])
+        raise PlanError(
+            f"{experts} experts cannot share {neurons} neurons equally; expected a divisor of "
+            f"{neurons}. Choose for example one of {near}."
+        )
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Rows [N, d] fp32 of length 1, or 0; divided by the largest entry first, against underflow."""
+    wide = features if features.dtype == torch.float64 else features.float()
+    peak = wide.abs().amax(1, keepdim=True)
+    rows = (wide / peak.where(peak > 0, 1)).float()
+    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """|x_i|^2 [N]; faster than rows.square().sum(1), which writes a second [N, d]."""
+    return torch.linalg.vector_norm(rows, dim=1).square()
+
+
+def _objective(rows: Tensor, labels: Tensor, experts: int) -> float:
+    grouped = rows[permutation(labels)].view(experts, -1, rows.shape[1])
+    grouped -= grouped.mean(1, keepdim=True)
+    return float(torch.linalg.vector_norm(grouped, dim=(1, 2)).double().square().sum())
+
+
+def _seeds(rows: Tensor, experts: int, generator: torch.Generator) -> Tensor:
+    """Scores [N, E] x_i.s_e of rows s_e, drawn with chance ~ squared distance to those before."""
+    norm = _norms(rows)
+    score = rows.new_empty(len(rows), experts)
+    nearest = torch.full_like(norm, torch.inf)
+    new = torch.randint(len(rows), (1,), generator=generator).to(rows.device)
+    start = 0
+    while True:
+        drawn = score[:, start : start + len(new)]
+        torch.mm(rows, rows[new].T, out=drawn)
+        start += len(new)
+        if start == experts:
+            return score
+        nearest = torch.minimum(nearest, norm + (norm[new] - 2 * drawn).amin(1))
+        nearest.clamp_min_(1e-9)  # so that a copy of a seed can still be drawn
+        count = min(max(1, experts // 8), experts - start)
+        new = torch.multinomial(nearest.cpu(), count, generator=generator).to(rows.device)
+
+
+def _reassign(rows: Tensor, score: Tensor, tick: Callable[[], bool]) -> Tensor:
+    """Best labels [N] met while all rows are reassigned to priced means, from score [N, E]."""
+    experts, seats = score.shape[1], len(rows) // score.shape[1]
+    norm = _norms(rows)
+    total, spread, best = float(norm.sum()), 0.0, -1.0
+    prices = rows.new_zeros(experts)
+    kept = torch.empty(0, dtype=torch.int64)
+    for turn in range(PASSES):
+        prices = _prices(score, prices, seats)
+        labels = _seat(score.sub_(prices), seats)
+        members = permutation(labels).view(experts, seats)
+        sums = functional.embedding_bag(members, rows, mode="sum")
+        before, spread = spread, float(sums.square().sum()) / seats
+        if spread > best:
+            best, kept = spread, labels
+        if not tick() or (turn and spread - before < PASS_GAIN * (total - spread)):
+            break
+        torch.mm(rows, sums.div_(seats).T, out=score)
+        score.scatter_add_(1, labels[:, None], (norm * (-SELF_SHARE / seats))[:, None])
+    return kept
+
+
+def _prices(score: Tensor, prices: Tensor, seats: int) -> Tensor:
+    """Price per expert [E] at which soft choices among score [N, E] fill all experts evenly."""
+    width = score.std().clamp_min(1e-12) * SOFTNESS
+    kernel = (score - prices).div_(width).softmax(1)
+    weight = torch.ones_like(prices)
+    for _ in range(SWEEPS):
+        share = 1 / (kernel @ weight)
+        weight = seats / (share @ kernel).clamp_min(1e-20)
+    return prices - width * weight.log()
+
+
+def _seat(score: Tensor, seats: int) -> Tensor:
+    """Labels [N] by best score [N, E]: each expert seats exactly `seats` rows, firmest first.
+
+    A row turned away chooses again among experts with free seats, so every turn seats some row.
+    """
+    rows, experts = score.shape
+    labels = torch.empty(rows, dtype=torch.int64, device=score.device)
+    free = torch.full((experts,), seats, device=score.device)
+    waiting = torch.arange(rows, device=score.device)
+    while len(waiting):
+        top = score.topk(2, dim=1)
+        order = (top.values[:, 0] - top.values[:, 1]).argsort(descending=True, stable=True)
+        order = order[top.indices[order, 0].argsort(stable=True)]
+        choice = top.indices[order, 0]
+        count = choice.bincount(minlength=experts)
+        rank = torch.arange(len(order), device=score.device) - (count.cumsum(0) - count)[choice]
+        seated = rank < free[choice]
+        labels[waiting[order[seated]]] = choice[seated]
+        free = (free - count).clamp_min(0)
+        score, waiting = score[order[~seated]], waiting[order[~seated]]
+        score[:, free == 0] = -torch.inf
+    return labels
+
+
+def _swap(rows: Tensor, labels: Tensor, experts: int, tick: Callable[[], bool]) -> Tensor:
+    """Labels [N] after swaps of two rows each, until no candidate lowers the objective.
+
+    Swapping i of a with j of b raises sum |S_e|^2 by 2 (move[b, i] + move[a, j] - 2 x_i.x_j) where
+    move[e, i] = x_i.S_e - x_i.S_own + |x_i|^2. Only the best i and j of each (a, b) are looked at.
+    """
+    order = permutation(labels)  # slot -> row; expert e owns slots e F .. e F + F - 1
+    slots, seats = rows[order], len(rows) // experts
+    norm = _norms(slots)
+    pull = slots.view(experts, seats, -1).sum(1) @ slots.T  # [E, N] x_i . S_e
+    grid = pull.view(experts, experts, seats)  # [target, owner, seat]
+    move = pull.new_empty(experts, experts)
+    seat = torch.empty_like(move, dtype=torch.int64)
+    stale = torch.arange(experts, device=rows.device)
+    while True:
+        own = grid.diagonal().T - norm.view(experts, seats)
+        move[stale], seat[stale] = (grid[stale] - own).max(2)
+        move[:, stale], seat[:, stale] = (grid[:, stale] - own[stale]).max(2)
+        a, b, i, j = _candidates(move, seat, slots)
+        if not len(a):
+            break
+        change = (slots[j] - slots[i]) @ slots.T
+        pull[a] += change
+        pull[b] -= change
+        here, there = torch.cat([i, j]), torch.cat([j, i])
+        for tensor in (slots, norm, order):
+            tensor[here] = tensor[there]
+        pull[:, here] = pull[:, there]
+        stale = torch.cat([a, b])
+        if not tick():
+            break
+    result = torch.empty_like(order)
+    result[order] = torch.arange(len(rows), device=rows.device) // seats
+    return result
+
+
+def _candidates(move: Tensor, seat: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Improving swaps (a, b, i, j): slot i of expert a with slot j of b, no expert named twice."""
+    experts, seats = len(move), len(slots) // len(move)
+    lower, upper = torch.triu_indices(experts, experts, 1, device=move.device)
+    bound = (move + move.T)[lower, upper]
+    top = bound.topk(min(CANDIDATES * experts, len(bound)))
+    a, b = lower[top.indices], upper[top.indices]
+    i, j = a * seats + seat[b, a], b * seats + seat[a, b]
+    gain = 2 * (top.values - 2 * (slots[i] * slots[j]).sum(1))
+    order = gain.argsort(descending=True, stable=True)
+    order = order[gain[order] > SWAP_GAIN * seats]
+    chosen = order[:0]
+    rank = torch.arange(len(order), device=move.device)
+    while len(order):  # greedy matching: take every swap that is the best of both its experts
+        ends, place = torch.cat([a[order], b[order]]), rank[: len(order)].repeat(2)
+        first = torch.full((experts,), len(rank), device=move.device)
+        first = first.scatter_reduce(0, ends, place, "amin")
+        mutual = (first[a[order]] == first[b[order]]) & (first[a[order]] == rank[: len(order)])
+        chosen = torch.cat([chosen, order[mutual]])
+        busy = torch.zeros(experts, dtype=torch.bool, device=move.device)
+        busy[a[order[mutual]]] = busy[b[order[mutual]]] = True
+        order = order[~busy[a[order]] & ~busy[b[order]]]
+    return a[chosen], b[chosen], i[chosen], j[chosen]

@@ -1,0 +1,137 @@
+"""The nouns that cross a stage: Site and Miss (match), Plan (plan), Experts and Conversion (convert).
+
+Sizes: D d_model, H d_hidden, E experts, F = H/E neurons per expert, R router width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .config import Config
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+
+
+
+@dataclass(frozen=True)
+class Site:
+    """A subgraph that is a dense feed-forward block or projection, with the parameters it uses.
+
+    Attributes:
+        name: module path that its parameters share, unique within the model.
+        kind: "ffn" down(act(up(x))), "glu" down(f(gate(x), up(x))), or "projection".
+        params: weight names by role: up, gate, gate_up, down; "weight" for a projection.
+        biases: bias names by the same roles, and learnable activation scalars as p0, p1, ...
+        activation: the elementwise expression between the matrices, e.g. "silu(gate) * up".
+        d_model: D, features of the block's input and output.
+        d_hidden: H, hidden neurons.
+        transposed: roles whose weight is stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+        halves: which of the two halves of gate_up comes first, e.g. ("gate", "up"); else empty.
+        share: fraction of the model's multiply-adds spent in this site, 0..1 (0 if unmeasured).
+        role: for projections "q", "k", "v", "o", "qk", "kv" or "qkv"; None otherwise.
+        calls: how often one forward pass runs these weights.
+    """
+
+    name: str
+    kind: str
+    params: Mapping[str, str]
+    biases: Mapping[str, str]
+    activation: str
+    d_model: int
+    d_hidden: int
+    transposed: tuple[str, ...] = ()
+    halves: tuple[str, ...] = ()
+    share: float = 0.0
+    role: str | None = None
+    calls: int = 1
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Names of all parameters, weights as `role` and biases as `role.bias`."""
+        return {**self.params, **{f"{role}.bias": name for role, name in self.biases.items()}}
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A linear layer that is not part of a site, and why; falsy, so `match(...) or ...` reads well.
+
+    Attributes:
+        node: the graph node to blame.
+        reason: what was seen there and what a site would need.
+        where: module path and source line of that node, as far as the graph knows them.
+    """
+
+    node: Node
+    reason: str
+    where: str = ""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a site is split: E experts of F neurons, routed by a two-layer router of width R."""
+
+    experts: int
+    expert_size: int
+    router_width: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The conversion of one site.
+
+    Attributes:
+        site, plan: what is converted, into how many experts.
+        permutation: [H] int64; slot i of the expert order holds neuron permutation[i].
+        router1, router2: [R, D] and [E, R] fp32; scores = |relu(x router1^T) router2^T|.
+        tau: default threshold of this site, 0..1.
+        hashes: per tensor of the site {"shape": [...], "dense": {dtype: sha256}, "permuted": ...},
+            of the values before and after the permutation, as stored and as cast to other dtypes.
+        stats: validation figures of the router fit.
+    """
+
+    site: Site
+    plan: Plan
+    permutation: Tensor
+    router1: Tensor
+    router2: Tensor
+    tau: float
+    hashes: Mapping[str, Any]
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model's experts by site name, apart from the model's own weights.
+
+    Attributes:
+        experts: {site name: Experts}.
+        dense: {site name: reason} of sites that were found but stay dense.
+        config: the configuration that made it.
+    """
+
+    experts: Mapping[str, Experts]
+    dense: Mapping[str, str] = field(default_factory=dict)
+    config: Config = field(default_factory=Config)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the sidecar `d2dmoe.json` + `d2dmoe.safetensors` (see `d2dcompile.artifact`)."""
+        from .artifact import save
+
+        save(self, folder)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Permute the model's neurons in place and register routers (see `d2dcompile.attachment`)."""
+        from .attachment import attach
+
+        return attach(model, self)

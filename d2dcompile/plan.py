@@ -1,0 +1,39 @@
+"""plan: how many experts of how many neurons a site is split into."""
+
+from __future__ import annotations
+
+import math
+
+from .config import Config
+from .errors import PlanError
+from .ir import Plan, Site
+
+
+def plan(site: Site, config: Config) -> Plan | str:
+    """The split of a site, or the reason why it stays dense.
+
+    With `config.experts` given it must divide the hidden size, else PlanError. Without, the expert
+    size is the divisor of the hidden size nearest to `config.expert_size`, at most a factor of two
+    away, with at least two experts; blocks under four times that size get four experts or so.
+    """
+    hidden = site.d_hidden
+    if config.experts is not None:
+        if hidden % config.experts:
+            near = [e for e in _divisors(hidden) if e <= 2 * config.experts]
+            raise PlanError(
+                f"Site {site.name!r} has {hidden} hidden neurons, which {config.experts} experts do "
+                f"not divide equally. Choose a divisor, such as {near[-1]}, or leave Config.experts "
+                "at None and set Config.expert_size."
+            )
+        return Plan(config.experts, hidden // config.experts, config.router_width)
+    target = min(config.expert_size, max(1, hidden // 4))
+    fits = [f for f in _divisors(hidden) if target / 2 <= f <= 2 * target and f < hidden]
+    if not fits:
+        return f"its {hidden} hidden neurons have no divisor near the expert size {target}"
+    size = min(fits, key=lambda f: (abs(math.log(f / target)), f))
+    return Plan(hidden // size, size, config.router_width)
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})

@@ -1,0 +1,167 @@
+"""Run a model through Dynamo with its graphs observed: for explain, calibration and measuring.
+
+Offline stages see the very graphs that the backend will see. One permanent Dynamo backend serves them
+all; what it does with a graph is decided at each call by the observer of the running `probing` block,
+so that explaining, calibrating and measuring the same model trace it once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .capture import Captured, from_dynamo, parameter_names, unwrap
+from .errors import CalibrationError
+from .ir import Miss
+from .passes import Match
+from .rewriting import match
+
+RECOMPILE_LIMIT = 64  # graphs per function: lengths and modes of a whole calibration set
+
+
+class Observer(Protocol):
+    """What an offline stage does at each call of a captured graph, and with the values it asks for."""
+
+    def run(self, graph: Graph, args: Sequence[Any]) -> Any: ...
+
+    def seen(self, index: int, *values: Tensor) -> None: ...
+
+
+class Graph:
+    """One captured graph and what observers derived from it.
+
+    Attributes:
+        gm: the graph as Dynamo made it.
+        captured, matches, misses: of the running call; Dynamo reuses graphs for other weights.
+    """
+
+    captured: Captured
+    matches: list[Match]
+    misses: list[Miss]
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self._variants: dict[Any, Any] = {}
+
+    @contextmanager
+    def bound(self, args: Sequence[Any], names: Mapping[int, str]) -> Iterator[None]:
+        """Resolve parameters and names for one call, and let go of them after it."""
+        self.captured = from_dynamo(self.gm, args, names)
+        self.matches, self.misses = match(self.captured)
+        try:
+            yield
+        finally:
+            del self.captured, self.matches, self.misses
+
+    def variant(self, key: Any, make: Callable[[], Any]) -> Any:
+        """A derived graph, made on first use; structure does not depend on the weights."""
+        if key not in self._variants:
+            self._variants[key] = make()
+        return self._variants[key]
+
+
+_current = threading.local()
+
+
+def _backend(gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    graph = Graph(gm)
+
+    def call(*args: Any) -> Any:
+        observer: Observer | None = getattr(_current, "observer", None)
+        if observer is None:
+            return gm.forward(*args)
+        with graph.bound(args, _current.names):
+            return observer.run(graph, args)
+
+    return call
+
+
+def observe(index: int, *values: Tensor) -> None:
+    """Hand values of a running graph to the current observer; the target of inserted nodes."""
+    _current.observer.seen(index, *values)
+
+
+def insert_observer(graph: torch.fx.Graph, before: Node, index: int, values: Sequence[Node]) -> None:
+    """Insert a node that hands `values` to the observer, right before another node."""
+    with graph.inserting_before(before):
+        graph.call_function(observe, (index, *values))
+
+
+@contextmanager
+def probing(model: nn.Module, observer: Observer) -> Iterator[Callable[..., Any]]:
+    """The model as a function of its own arguments, with `observer` running each captured graph.
+
+    The model runs in eval mode without gradients; its mode, the random state and the observer of an
+    enclosing block are restored afterwards.
+    """
+    plain = unwrap(model)
+    modes = [(module, module.training) for module in plain.modules()]
+    before = getattr(_current, "observer", None), getattr(_current, "names", {})
+    limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": 1024}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._dynamo.config.patch(**limits))
+        _current.observer, _current.names = observer, parameter_names(plain)
+        try:
+            plain.eval()
+            yield _compiled(plain)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            _current.observer, _current.names = before
+
+
+_COMPILED: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
+
+
+def _compiled(model: nn.Module) -> Callable[..., Any]:
+    """The model's forward through Dynamo with our backend, apart from the user's own graphs."""
+    if model not in _COMPILED:
+        weak = weakref.ref(model)  # the compiled function must not keep its own key alive
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            live = weak()
+            assert live is not None
+            return live(*args, **kwargs)
+
+        isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+        extra: dict[str, Any] = {"isolate_recompiles": True} if isolated else {}
+        _COMPILED[model] = torch.compile(call, backend=_backend, **extra)
+    return _COMPILED[model]
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a batch: a mapping is keyword arguments, a tuple or list arguments.
+
+    Raises CalibrationError for anything but a mapping, tuple, list or tensor.
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    raise CalibrationError(
+        f"A batch is a {type(batch).__name__}; expected what the model is called with: a mapping of "
+        "keyword arguments, a tuple of arguments, or one tensor."
+    )
+
+
+def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def flop_counter() -> FlopCounterMode:
+    """FlopCounterMode with the attention that torch 2.13 leaves uncounted on CPUs."""
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={cpu: _sdpa})

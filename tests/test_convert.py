@@ -1,0 +1,262 @@
+"""convert, attach, detach and set_tau: the function stays, the artifact is repeatable, errors are typed."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import d2dcompile as d2d
+from d2dcompile import testing
+from d2dcompile.attachment import states
+from d2dcompile.calibrate import Sample
+from d2dcompile.errors import CalibrationError, CalibrationWarning, ConfigError, PlanError, TauError
+
+QUICK = d2d.Config(router_epochs=1, expert_size=8)
+
+
+def batches(count: int = 4, rows: int = 64, d: int = 16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(rows, d, generator=generator) for _ in range(count)]
+
+
+def convert(model: nn.Module, data=None, **config) -> d2d.Conversion:
+    chosen = d2d.Config(**{"router_epochs": 1, "expert_size": 8, **config})
+    return d2d.convert(model, batches() if data is None else data, chosen, progress=False)
+
+
+def test_conversion_permutes_in_place_and_keeps_names_function_and_storage() -> None:
+    model = testing.Stack()
+    before = copy.deepcopy(model)
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    conversion = convert(model)
+    x = torch.randn(8, 16)
+    assert torch.allclose(model(x), before(x), atol=1e-6)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+    experts = conversion.experts["blocks.0"]
+    up, old = model.blocks[0].up.weight, before.blocks[0].up.weight
+    assert torch.equal(up, old[experts.permutation])
+    assert torch.equal(model.blocks[0].down.weight, before.blocks[0].down.weight[:, experts.permutation])
+    assert model.blocks[0].down.weight.t().is_contiguous()  # neuron-major behind the same shape
+    assert sorted(experts.permutation.tolist()) == list(range(64))
+    assert list(model.state_dict()) == list(before.state_dict())
+
+
+@pytest.mark.parametrize("family", testing.FAMILIES)
+def test_detach_restores_every_bit_and_layout(family: str) -> None:
+    case = testing.tiny(family)
+    before = copy.deepcopy(case.model)
+    convert(case.model, [case.inputs])
+    assert len(states(case.model)) == case.blocks
+    d2d.detach(case.model)
+    assert states(case.model) == []
+    for (name, ours), theirs in zip(case.model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+        assert ours.stride() == theirs.stride(), name
+
+
+def test_attach_to_dense_permuted_and_cast_weights() -> None:
+    model = testing.Stack()
+    dense = copy.deepcopy(model)
+    conversion = convert(model)
+    permuted = testing.Stack()
+    permuted.load_state_dict(model.state_dict())  # a checkpoint saved after converting
+    half = copy.deepcopy(dense).to(torch.bfloat16)  # the same checkpoint loaded in another dtype
+    x = torch.randn(8, 16)
+    for fresh in (copy.deepcopy(dense), permuted, half):
+        conversion.attach(fresh)
+        assert len(states(fresh)) == 2
+        expected = dense if fresh is not half else copy.deepcopy(dense).to(torch.bfloat16)
+        given = x.to(next(fresh.parameters()).dtype)
+        assert torch.allclose(fresh(given), expected(given), atol=2e-2 if fresh is half else 1e-6)
+    assert torch.equal(permuted.blocks[0].up.weight, model.blocks[0].up.weight)
+
+
+def test_same_seed_same_conversion_and_other_seed_another() -> None:
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(made))  # the surroundings' random state must not matter
+        made.append(convert(testing.Stack(), seed=seed))
+    first, again, other = (m.experts["blocks.1"] for m in made)
+    for part in ("permutation", "router1", "router2"):
+        assert torch.equal(getattr(first, part), getattr(again, part))
+    assert not torch.equal(first.router1, other.router1)
+
+
+def test_converting_leaves_mode_random_state_and_gradients_alone() -> None:
+    model = testing.Stack().train()
+    state = torch.get_rng_state()
+    convert(model)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_converting_again_starts_from_the_dense_weights() -> None:
+    model = testing.Stack()
+    first = convert(model).experts["blocks.0"]
+    second = convert(model).experts["blocks.0"]
+    assert torch.equal(first.permutation, second.permutation)
+    assert first.hashes == second.hashes
+
+
+@pytest.mark.parametrize("batch", [{"x": None}, (None,), None])
+def test_batches_are_mappings_tuples_or_tensors(batch) -> None:
+    x = batches(1)[0]
+    given = {"x": x} if isinstance(batch, dict) else (x,) if isinstance(batch, tuple) else x
+    assert len(convert(testing.Stack(), [given]).experts) == 2
+
+
+def test_batches_may_be_a_generator() -> None:
+    assert len(convert(testing.Stack(), (b for b in batches())).experts) == 2
+
+
+def test_a_batch_of_another_type_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="A batch is a str; expected what the model is called"):
+        convert(testing.Stack(), ["text"])
+
+
+def test_no_batches_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="no calibration batches; expected at least one"):
+        convert(testing.Stack(), [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_before_touching_the_model(value: float) -> None:
+    model = testing.Stack()
+    before = copy.deepcopy(model)
+    data = batches()
+    data[2][5, 3] = value
+    with pytest.raises(CalibrationError, match=r"Batch 2 .*NaN or infinity at site 'blocks\.0'"):
+        convert(model, data)
+    for ours, theirs in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert states(model) == []
+
+
+def test_nothing_to_convert_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"without a convertible site.*explain"):
+        convert(nn.Linear(16, 16))
+
+
+def test_experts_that_do_not_divide_are_refused_with_a_divisor() -> None:
+    with pytest.raises(PlanError, match=r"64 hidden neurons, which 7 experts.*such as 8"):
+        convert(testing.Stack(), experts=7)
+
+
+def test_a_prime_hidden_size_stays_dense_with_its_reason() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = testing.FFN(16, 61), testing.FFN(16, 64)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = Mixed().eval()
+    conversion = convert(model)
+    assert set(conversion.experts) == {"b"}
+    assert "no divisor near the expert size 8" in conversion.dense["a"]
+    fast = torch.compile(model, backend="d2dmoe", fullgraph=True, options={"inner": "eager"})
+    assert torch.allclose(fast(torch.ones(2, 16)), model(torch.ones(2, 16)), atol=1e-5)
+
+
+def test_little_data_is_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        with pytest.warns(CalibrationWarning, match=r"saw 10 calibration tokens for 8 experts"):
+            convert(testing.Stack(), [torch.randn(10, 16)])
+
+
+def test_the_sample_is_bounded_uniform_and_repeatable() -> None:
+    kept = []
+    for size in (100, 7):
+        sample = Sample(50, torch.Generator().manual_seed(0))
+        rows = torch.arange(1000.0)[:, None]
+        for part in rows.split(size):
+            sample.add(part, part)
+            assert sum(len(p[0]) for p in sample._parts) <= 75 + size
+        x, targets = sample.rows()
+        assert len(x) == 50 and torch.equal(x, targets) and sample.seen == 1000
+        kept.append(x[:, 0])
+    assert torch.equal(*kept)  # the same tokens whatever the batch sizes
+    means = []
+    for seed in range(40):
+        sample = Sample(50, torch.Generator().manual_seed(seed))
+        sample.add(torch.arange(1000.0)[:, None], torch.zeros(1000, 1))
+        means.append(sample.rows()[0].mean())
+    # Mean of 2,000 draws from 0..999: standard error about 6.5.
+    assert abs(torch.stack(means).mean() - 499.5) < 26
+
+
+def test_the_memory_budget_limits_kept_tokens() -> None:
+    conversion = convert(testing.Stack(), calibration_bytes=20_000)
+    assert set(conversion.experts) == {"blocks.0", "blocks.1"}
+
+
+def test_random_clustering_is_another_split() -> None:
+    a = convert(testing.Stack()).experts["blocks.0"].permutation
+    b = convert(testing.Stack(), clustering="random").experts["blocks.0"].permutation
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("experts", 0, "experts is 0"),
+        ("expert_size", True, "expert_size is True"),
+        ("router_width", 1.5, "router_width is 1.5"),
+        ("tau", 2, "tau is 2; expected a number in 0..1"),
+        ("tau", float("nan"), "tau is nan"),
+        ("clustering", "magic", "clustering is 'magic'"),
+        ("seed", -1, "seed is -1"),
+    ],
+)
+def test_bad_configuration_is_refused(field: str, value, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        d2d.Config(**{field: value})
+
+
+def test_configuration_from_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2D_EXPERT_SIZE", "16")
+    monkeypatch.setenv("D2D_TAU", "0.25")
+    monkeypatch.setenv("D2D_EXPERTS", "none")
+    assert d2d.Config.from_env(seed=3) == d2d.Config(expert_size=16, tau=0.25, seed=3)
+    monkeypatch.setenv("D2D_EXPERT_SIZE", "many")
+    with pytest.raises(ConfigError, match="D2D_EXPERT_SIZE is 'many'; expected an integer"):
+        d2d.Config.from_env()
+    monkeypatch.delenv("D2D_EXPERT_SIZE")
+    monkeypatch.setenv("D2D_EXPRT_SIZE", "16")
+    with pytest.raises(ConfigError, match=r"Unknown variable D2D_EXPRT_SIZE.*D2D_EXPERT_SIZE"):
+        d2d.Config.from_env()
+
+
+def test_set_tau_refuses_and_then_changes_nothing() -> None:
+    model = testing.Stack()
+    with pytest.raises(TauError, match="has no attached conversion"):
+        d2d.set_tau(model, 0.1)
+    convert(model)
+    for bad in (-0.1, 1.1, float("nan"), "0.1", True, None):
+        with pytest.raises(TauError, match="expected a finite number in 0..1"):
+            d2d.set_tau(model, {"blocks.0": 0.5, "blocks.1": bad})
+    with pytest.raises(TauError, match=r"No site 'block'; expected one of blocks\.0, blocks\.1"):
+        d2d.set_tau(model, {"blocks.0": 0.5, "block": 0.5})
+    assert [state.tau for state in states(model)] == [0.0, 0.0]
+
+
+def test_states_do_not_keep_a_model_alive() -> None:
+    import gc
+    import weakref
+
+    from d2dcompile import attachment
+
+    model = testing.Stack()
+    convert(model)
+    torch._dynamo.reset()
+    weak = weakref.ref(model)
+    count = len(attachment._STATES)
+    del model
+    gc.collect()
+    assert weak() is None
+    assert len(attachment._STATES) == count - 2
