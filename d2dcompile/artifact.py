@@ -88,10 +88,11 @@ def load(folder: str | os.PathLike[str]) -> Conversion:
     Raises ArtifactError saying which file and field was seen, and what was expected.
     """
     document = _read_json(_inside(Path(folder), JSON_NAME))
-    if document.get("format") != FORMAT or document.get("version") != VERSION:
+    kind, version = document.get("format"), document.get("version")
+    if kind != FORMAT or type(version) is not int or version != VERSION:
         raise ArtifactError(
-            f"{JSON_NAME} is {document.get('format')!r} version {document.get('version')!r}; expected "
-            f"{FORMAT!r} version {VERSION}. Convert again with this version of d2dcompile."
+            f"{JSON_NAME} is {kind!r} version {version!r}; expected {FORMAT!r} version {VERSION}. "
+            "Convert again with this version of d2dcompile."
         )
     _keys(document, KEYS, JSON_NAME)
     if document["sha256"] != _content(document):
@@ -103,6 +104,7 @@ def load(folder: str | os.PathLike[str]) -> Conversion:
     given = _strings(document["config"], "config")
     _keys(given, tuple(field.name for field in fields(Config)), "config")
     try:
+        check_tau(given["tau"])
         config = Config(**given)
     except (TypeError, D2DError) as error:
         raise ArtifactError(f"{JSON_NAME}: config is refused: {error}") from None
@@ -123,11 +125,15 @@ def load(folder: str | os.PathLike[str]) -> Conversion:
 def _inside(folder: Path, name: str) -> Path:
     """The file of that name, which has to lie in the folder itself or in a Hub cache's blobs."""
     path = folder / name
-    if not path.is_file():
+    try:
+        found = path.is_file()
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError):  # names too long, loops of links, null bytes
+        found = False
+    if not found:
         raise ArtifactError(
             f"{folder} has no file {name}; expected the folder that Conversion.save wrote."
         )
-    real, home = path.resolve(), folder.resolve()
     blobs = [up.parent / "blobs" for up in home.parents if up.name == "snapshots"]
     if real.parent not in (home, *blobs):
         raise ArtifactError(f"{path} leads out of its folder, to {real}; expected a file inside.")
@@ -149,14 +155,22 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ArtifactError(f"{path} holds {text}; expected finite numbers.")
         return float(text)
 
-    hooks: dict[str, Any] = {
-        "object_pairs_hook": unique, "parse_constant": finite, "parse_float": finite
-    }
+    def whole(text: str) -> int:
+        if len(text) > 20:  # digits and sign of a 64-bit integer
+            raise ArtifactError(f"{path} holds {text[:20]}...; expected integers of 64 bits.")
+        return int(text)
+
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), **hooks)
+        document = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=finite,
+            parse_float=finite,
+            parse_int=whole,
+        )
     except ArtifactError:
         raise
-    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: also 5000 digits
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise ArtifactError(f"{path} is not valid JSON: {error}.") from None
     return _strings(document, JSON_NAME)
 

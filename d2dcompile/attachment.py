@@ -116,7 +116,9 @@ class State:
     def _operands(self, *, detach: bool) -> tuple[Tensor, ...]:
         weights = {role: self.weight(role) for role in self._weights}
         down = weights["down"]
-        values = {name: (t.detach() if detach else t) for name, t in slabs(self.site, weights).items()}
+        values = {
+            name: (t.detach() if detach else t) for name, t in slabs(self.site, weights).items()
+        }
         values["tau"] = self.tau_on(down.device)
         first = values["w_up"]
         for name, router in (("router1", self.experts.router1), ("router2", self.experts.router2)):
@@ -168,7 +170,7 @@ def _neuron_major(site: Site, role: str, weight: Tensor) -> Tensor:
 def permuted(site: Site, role: str, tensor: Tensor, order: Tensor) -> Tensor:
     """A site's tensor with its neurons in `order`, neuron-major in memory, in its own shape."""
     base, _, bias = role.partition(".")
-    if base == "down" and bias or base not in site.params:
+    if (base == "down" and bias) or base not in site.params:
         return tensor
     order = order.to(tensor.device)
     if base == "gate_up":
@@ -182,14 +184,15 @@ def permuted(site: Site, role: str, tensor: Tensor, order: Tensor) -> Tensor:
 def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     """SHA-256 of a tensor's values in row-major order of its shape, as stored or cast to `dtype`."""
     values = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def digests(tensor: Tensor) -> dict[str, str]:
     """Digests of a tensor as it is and as cast to each float dtype a model is served in."""
     dtypes = {tensor.dtype, *DTYPES}
     return {
-        str(dtype).removeprefix("torch."): digest(tensor, dtype) for dtype in sorted(dtypes, key=str)
+        str(dtype).removeprefix("torch."): digest(tensor, dtype)
+        for dtype in sorted(dtypes, key=str)
     }
 
 
@@ -340,5 +343,3 @@ def check_tau(value: Any) -> float:
     if not number or not 0.0 <= value <= 1.0:
         raise TauError(f"tau is {value!r}; expected a finite number in 0..1 (0 runs all experts).")
     return float(value)
-
-

@@ -61,7 +61,9 @@ class Options:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"Option {name!r} is {getattr(self, name)!r}; expected a bool.")
         if self.inner not in INNER:
-            raise OptionError(f"Option 'inner' is {self.inner!r}; expected one of {', '.join(INNER)}.")
+            raise OptionError(
+                f"Option 'inner' is {self.inner!r}; expected one of {', '.join(INNER)}."
+            )
         if not isinstance(self.conversion, (Conversion, str, PathLike, type(None))):
             raise OptionError(
                 f"Option 'conversion' is a {type(self.conversion).__name__}; expected a Conversion or "
@@ -115,7 +117,9 @@ def backend(
         raise _plain(error) from error.__cause__
 
 
-def _options(options: Mapping[str, Any] | None, mode: str | None, unknown: Mapping[str, Any]) -> Options:
+def _options(
+    options: Mapping[str, Any] | None, mode: str | None, unknown: Mapping[str, Any]
+) -> Options:
     if unknown:
         raise OptionError(f"Unknown argument {sorted(unknown)} for backend 'd2dmoe'.")
     if mode not in (None, *MODES):
@@ -162,7 +166,9 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
             'pass options={"conversion": folder}.'
         )
         if options.strict:
-            raise NoConversionError(message + ' To run dense instead, pass options={"strict": False}.')
+            raise NoConversionError(
+                message + ' To run dense instead, pass options={"strict": False}.'
+            )
         warnings.warn(message + " Running dense.", DenseFallbackWarning, stacklevel=2)
     return states
 
@@ -182,14 +188,16 @@ def _inner(
     if options.inner == "eager":
         return gm.forward
     if options.inner == "aot_eager":
-        run: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(gm, list(inputs))
+        aot: Any = torch._dynamo.lookup_backend("aot_eager")
+        run: Callable[..., Any] = aot(gm, list(inputs))
         return run
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = None if mode in (None, "default") else list_mode_options(mode)
-    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches)
-    return compiled
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+    lowered: Callable[..., Any] = compiled
+    return lowered
 
 
 class Dispatching:
@@ -212,7 +220,8 @@ class Dispatching:
         self._compiled = compiled
         self._check = not options.trainable
         self._sites = [
-            (index[m.weights["down"]], [(r, index[n]) for r, n in m.roles().items()]) for m in matches
+            (index[m.weights["down"]], [(r, index[n]) for r, n in m.roles().items()])
+            for m in matches
         ]
         self._kinds = [(m.site.kind, m.site.activation) for m in matches]
         self._strict = options.strict
@@ -249,5 +258,7 @@ class Dispatching:
             )
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{message}. Running dense, uncompiled.", DenseFallbackWarning, stacklevel=3)
+            warnings.warn(
+                f"{message}. Running dense, uncompiled.", DenseFallbackWarning, stacklevel=3
+            )
         return self._dense(*args)

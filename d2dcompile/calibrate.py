@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,9 @@ from .plan import plan
 from .probe import Graph, arguments, probing
 from .router import expert_norms, gram
 
-TOKENS_PER_EXPERT = 20  # below this a router has fewer examples than it could ever need; warned about
+TOKENS_PER_EXPERT = (
+    20  # below this a router has fewer examples than it could ever need; warned about
+)
 
 
 @dataclass
@@ -88,7 +90,7 @@ def calibrate(
             "model is called with (a generator can be used only once)."
         )
     observer = Calibrating(model, config, progress)
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     with probing(model, observer) as call:
         bar = tqdm(
             itertools.chain([first], stream), "calibrate", total, disable=not progress, unit="batch"
@@ -134,7 +136,7 @@ class Calibrating:
         if draft is None:
             return
         rows, values = x.reshape(-1, x.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-        parts = values[:, draft.order.to(values.device)].unflatten(1, (draft.plan.experts, -1))
+        parts = values[:, draft.order.to(values.device)].view(len(values), draft.plan.experts, -1)
         if not (rows.isfinite().all() and values.isfinite().all()):
             raise CalibrationError(
                 f"Batch {self.batch} of the calibration data gives NaN or infinity at site "
@@ -148,7 +150,9 @@ class Calibrating:
         experts = [p.experts for p in plans.values() if isinstance(p, Plan)]
         per_row = max((s.d_model for s in sites), default=1) * 4 + max(experts, default=1) * 4
         count = max(len({_key(site) for site in sites}), 1)
-        fits = int(self.config.calibration_bytes / (1.5 * count * per_row))  # Sample keeps 1.5 limits
+        fits = int(
+            self.config.calibration_bytes / (1.5 * count * per_row)
+        )  # Sample keeps 1.5 limits
         return max(1, min(self.config.calibration_tokens, fits))
 
     def _draft(self, site: Site, chosen: Plan) -> Draft:
@@ -166,7 +170,7 @@ class Calibrating:
             site,
             chosen,
             order,
-            gram(down.unflatten(0, (chosen.experts, -1))),
+            gram(down.view(chosen.experts, chosen.expert_size, -1)),
             Sample(self._budget, generator),
         )
 
@@ -178,7 +182,9 @@ class Calibrating:
                 f"The model ran without a convertible site ({reasons or 'none matched'}); expected at "
                 "least one feed-forward block. d2dcompile.explain(model, ...) says why."
             )
-        few = [d for d in self.drafts.values() if d.sample.seen < TOKENS_PER_EXPERT * d.plan.experts]
+        few = [
+            d for d in self.drafts.values() if d.sample.seen < TOKENS_PER_EXPERT * d.plan.experts
+        ]
         if few:
             worst = min(few, key=lambda draft: draft.sample.seen)
             warnings.warn(

@@ -10,11 +10,11 @@ of MoEfication (Zhang et al. 2022, arXiv:2110.01786) that D2DMoE uses. Three sta
 2. Reassign all rows at prices that fill every expert evenly (Sinkhorn; Cuturi 2013,
    arXiv:1306.0895). A row sits in the mean of its own expert and so favours it; most of that pull
    is taken out, without which the means of small experts hardly move.
-3. Swap rows between pairs of experts, with exact gains, until no candidate pair improves. The
-   objective is a sum over experts, so swaps that share no expert add up and are applied together.
+3. Swap rows between pairs of experts, with exact gains. The objective is a sum over experts, so
+   swaps that share no expert add up and are applied together.
 
 Memory is a few N x E and two N x d fp32 arrays. The same seed gives the same labels on the same
-machine, torch version and number of threads (the order of fp32 sums depends on the last three).
+machine and torch version; on large inputs also with the same number of threads.
 """
 
 from collections.abc import Callable
@@ -26,15 +26,17 @@ from torch.nn import functional
 
 from .errors import PlanError
 
-# Constants below were chosen on MiniLM's first up-projection (E = 48, 96) and on synthetic rows
-# (3072 x 768, E = 24, 128): benchmarks/cluster.py.
-PASSES = 20  # reassignments at most; 7 to 12 are usual
-PASS_GAIN = 1e-3  # stop reassigning when a pass lowers the objective by less than this share
+# Chosen on the inputs of benchmarks/cluster.py; objectives move by 0.2 % when one is halved.
+PASSES = 20  # reassignments at most; 6 to 10 are usual
+PASS_GAIN = 3e-3  # reassigning ends when a pass lowers the objective by less than this share,
+ROUND_GAIN = 3e-4  # and swapping when a round does; a round costs about a fifth of a pass
 SELF_SHARE = 0.8  # share of a row's pull on its own mean taken out; 1 is exact for one move alone
 SOFTNESS = 0.25  # Sinkhorn temperature, in standard deviations of the scores
 SWEEPS = 10  # Sinkhorn sweeps per pass; prices start from those of the pass before
-SWAP_GAIN = 1e-3  # a swap must lower the objective (at most N) by this much: above fp32 noise
+SWAP_GAIN = 1e-4  # a swap must lower the objective (at most N) by this much: above fp32 noise
 CANDIDATES = 2  # pairs of experts looked at per expert and swap round
+SMALL = 10**9  # multiply-adds per pass below which one thread is used: on two shared cores the
+# thread barriers of many short ops made N = 3072, E = 128 five times slower than one thread
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,22 @@ def balanced_kmeans(
     experts: int,
     *,
     seed: int = 0,
-    iterations: int = 500,
+    iterations: int = 200,
     progress: Callable[[int, int], None] | None = None,
 ) -> Clusters:
     """Balanced k-means of the L2-normalised rows of `features` into `experts` equal clusters.
 
     features [N, d] of any float dtype, cast to fp32; zero rows stay zero. `iterations` caps the
-    reassignments and swap rounds together; `progress(done, iterations)` is called after each.
-    Raises PlanError if `features` is not a finite [N, d] or `experts` does not divide N.
+    reassignments and swap rounds together (10 to 30 are usual); `progress(done, iterations)` is
+    called after each. Raises PlanError if `features` is not a finite [N, d] or `experts` does not
+    divide N.
     """
     _check_features(features)
-    rows_count = len(features)
-    _check_split(rows_count, experts)
+    _check_split(len(features), experts)
     if iterations < 1:
-        raise PlanError(f"iterations is {iterations}; expected at least 1. Leave it at its default.")
-    rows = _normalised(features.detach())
-    if experts in (1, rows_count):
-        labels = torch.arange(rows_count, device=rows.device) % experts
-        return Clusters(labels, _objective(rows, labels, experts), 0)
+        raise PlanError(
+            f"iterations is {iterations}; expected at least 1. Leave it at its default."
+        )
     done = 0
 
     def tick() -> bool:
@@ -82,11 +82,15 @@ def balanced_kmeans(
             progress(done, iterations)
         return done < iterations
 
-    score = _seeds(rows, experts, torch.Generator().manual_seed(seed))
-    labels = _reassign(rows, score, tick)
-    if done < iterations:
-        labels = _swap(rows, labels, experts, tick)
-    return Clusters(labels, _objective(rows, labels, experts), done)
+    threads = torch.get_num_threads()
+    try:
+        if features.numel() * experts < SMALL:
+            torch.set_num_threads(1)
+        rows = _normalised(features.detach())
+        labels = _cluster(rows, experts, torch.Generator().manual_seed(seed), tick)
+        return Clusters(labels, _objective(rows, labels, experts), done)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def random_split(neurons: int, experts: int, *, seed: int = 0) -> Tensor:
@@ -138,6 +142,16 @@ def _normalised(features: Tensor) -> Tensor:
     return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1))
 
 
+def _cluster(
+    rows: Tensor, experts: int, generator: torch.Generator, tick: Callable[[], bool]
+) -> Tensor:
+    """Labels [N] of normalised rows: seeds, reassignments, swaps."""
+    if experts in (1, len(rows)):
+        return torch.arange(len(rows), device=rows.device) % experts
+    labels, going = _reassign(rows, _seeds(rows, experts, generator), tick)
+    return _swap(rows, labels, experts, tick) if going else labels
+
+
 def _norms(rows: Tensor) -> Tensor:
     """|x_i|^2 [N]; faster than rows.square().sum(1), which writes a second [N, d]."""
     return torch.linalg.vector_norm(rows, dim=1).square()
@@ -168,13 +182,16 @@ def _seeds(rows: Tensor, experts: int, generator: torch.Generator) -> Tensor:
         new = torch.multinomial(nearest.cpu(), count, generator=generator).to(rows.device)
 
 
-def _reassign(rows: Tensor, score: Tensor, tick: Callable[[], bool]) -> Tensor:
-    """Best labels [N] met while all rows are reassigned to priced means, from score [N, E]."""
+def _reassign(rows: Tensor, score: Tensor, tick: Callable[[], bool]) -> tuple[Tensor, bool]:
+    """Best labels [N] met while all rows are reassigned to priced means, from score [N, E].
+
+    Ends when a pass gains less than PASS_GAIN. False beside the labels if `tick` said stop.
+    """
     experts, seats = score.shape[1], len(rows) // score.shape[1]
     norm = _norms(rows)
     total, spread, best = float(norm.sum()), 0.0, -1.0
     prices = rows.new_zeros(experts)
-    kept = torch.empty(0, dtype=torch.int64)
+    kept, going = torch.empty(0, dtype=torch.int64), True
     for turn in range(PASSES):
         prices = _prices(score, prices, seats)
         labels = _seat(score.sub_(prices), seats)
@@ -183,11 +200,12 @@ def _reassign(rows: Tensor, score: Tensor, tick: Callable[[], bool]) -> Tensor:
         before, spread = spread, float(sums.square().sum()) / seats
         if spread > best:
             best, kept = spread, labels
-        if not tick() or (turn and spread - before < PASS_GAIN * (total - spread)):
+        going = tick()
+        if not going or (turn and spread - before < PASS_GAIN * (total - spread)):
             break
         torch.mm(rows, sums.div_(seats).T, out=score)
         score.scatter_add_(1, labels[:, None], (norm * (-SELF_SHARE / seats))[:, None])
-    return kept
+    return kept, going
 
 
 def _prices(score: Tensor, prices: Tensor, seats: int) -> Tensor:
@@ -226,7 +244,7 @@ def _seat(score: Tensor, seats: int) -> Tensor:
 
 
 def _swap(rows: Tensor, labels: Tensor, experts: int, tick: Callable[[], bool]) -> Tensor:
-    """Labels [N] after swaps of two rows each, until no candidate lowers the objective.
+    """Labels [N] after rounds of swaps, until a round gains less than ROUND_GAIN.
 
     Swapping i of a with j of b raises sum |S_e|^2 by 2 (move[b, i] + move[a, j] - 2 x_i.x_j) where
     move[e, i] = x_i.S_e - x_i.S_own + |x_i|^2. Only the best i and j of each (a, b) are looked at.
@@ -234,18 +252,19 @@ def _swap(rows: Tensor, labels: Tensor, experts: int, tick: Callable[[], bool]) 
     order = permutation(labels)  # slot -> row; expert e owns slots e F .. e F + F - 1
     slots, seats = rows[order], len(rows) // experts
     norm = _norms(slots)
-    pull = slots.view(experts, seats, -1).sum(1) @ slots.T  # [E, N] x_i . S_e
+    sums = slots.view(experts, seats, -1).sum(1)
+    objective = float(norm.double().sum() - sums.double().square().sum() / seats)
+    pull = sums @ slots.T  # [E, N] x_i . S_e
     grid = pull.view(experts, experts, seats)  # [target, owner, seat]
     move = pull.new_empty(experts, experts)
     seat = torch.empty_like(move, dtype=torch.int64)
     stale = torch.arange(experts, device=rows.device)
-    while True:
+    going = True
+    while going:
         own = grid.diagonal().T - norm.view(experts, seats)
         move[stale], seat[stale] = (grid[stale] - own).max(2)
         move[:, stale], seat[:, stale] = (grid[:, stale] - own[stale]).max(2)
-        a, b, i, j = _candidates(move, seat, slots)
-        if not len(a):
-            break
+        a, b, i, j, gain = _candidates(move, seat, slots)
         change = (slots[j] - slots[i]) @ slots.T
         pull[a] += change
         pull[b] -= change
@@ -254,33 +273,38 @@ def _swap(rows: Tensor, labels: Tensor, experts: int, tick: Callable[[], bool]) 
             tensor[here] = tensor[there]
         pull[:, here] = pull[:, there]
         stale = torch.cat([a, b])
-        if not tick():
-            break
+        objective -= gain
+        going = tick() and gain > ROUND_GAIN * objective
     result = torch.empty_like(order)
     result[order] = torch.arange(len(rows), device=rows.device) // seats
     return result
 
 
-def _candidates(move: Tensor, seat: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Improving swaps (a, b, i, j): slot i of expert a with slot j of b, no expert named twice."""
+def _candidates(
+    move: Tensor, seat: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """Improving swaps (a, b, i, j) of slot i of expert a with slot j of b, and their total gain.
+
+    No expert is named twice. Greedy by gain: every swap that is the best of both its experts.
+    """
     experts, seats = len(move), len(slots) // len(move)
     lower, upper = torch.triu_indices(experts, experts, 1, device=move.device)
     bound = (move + move.T)[lower, upper]
     top = bound.topk(min(CANDIDATES * experts, len(bound)))
     a, b = lower[top.indices], upper[top.indices]
     i, j = a * seats + seat[b, a], b * seats + seat[a, b]
-    gain = 2 * (top.values - 2 * (slots[i] * slots[j]).sum(1))
+    gain = (top.values - 2 * (slots[i] * slots[j]).sum(1)) * (2 / seats)
     order = gain.argsort(descending=True, stable=True)
-    order = order[gain[order] > SWAP_GAIN * seats]
+    order = order[gain[order] > SWAP_GAIN]
     chosen = order[:0]
-    rank = torch.arange(len(order), device=move.device)
-    while len(order):  # greedy matching: take every swap that is the best of both its experts
-        ends, place = torch.cat([a[order], b[order]]), rank[: len(order)].repeat(2)
-        first = torch.full((experts,), len(rank), device=move.device)
-        first = first.scatter_reduce(0, ends, place, "amin")
-        mutual = (first[a[order]] == first[b[order]]) & (first[a[order]] == rank[: len(order)])
-        chosen = torch.cat([chosen, order[mutual]])
+    while len(order):
+        ends = torch.stack([a[order], b[order]])
+        place = torch.arange(len(order), device=move.device)
+        first = torch.full((experts,), len(order), device=move.device)
+        first = first.scatter_reduce(0, ends.flatten(), place.repeat(2), "amin")
+        best = (first[ends] == place).all(0)
+        chosen = torch.cat([chosen, order[best]])
         busy = torch.zeros(experts, dtype=torch.bool, device=move.device)
-        busy[a[order[mutual]]] = busy[b[order[mutual]]] = True
-        order = order[~busy[a[order]] & ~busy[b[order]]]
-    return a[chosen], b[chosen], i[chosen], j[chosen]
+        busy[ends[:, best]] = True
+        order = order[~busy[ends].any(0)]
+    return a[chosen], b[chosen], i[chosen], j[chosen], float(gain[chosen].sum())

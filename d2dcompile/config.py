@@ -50,7 +50,9 @@ class Config:
             _positive(name, getattr(self, name))
         _positive("calibration_bytes", self.calibration_bytes)
         if not isinstance(self.tau, (int, float)) or not 0.0 <= self.tau <= 1.0:
-            raise ConfigError(f"Config.tau is {self.tau!r}; expected a number in 0..1 (0 is dense).")
+            raise ConfigError(
+                f"Config.tau is {self.tau!r}; expected a number in 0..1 (0 is dense)."
+            )
         if self.clustering not in ("kmeans", "random"):
             raise ConfigError(
                 f"Config.clustering is {self.clustering!r}; expected 'kmeans' or 'random'."

@@ -51,7 +51,11 @@ def _experts(model: nn.Module, draft: Draft, config: Config, index: int) -> Expe
     """Fit one site's router and record what its weights are."""
     x, targets = draft.sample.rows()
     router = fit_router(
-        x, targets, width=draft.plan.router_width, seed=config.seed + index, epochs=config.router_epochs
+        x,
+        targets,
+        width=draft.plan.router_width,
+        seed=config.seed + index,
+        epochs=config.router_epochs,
     )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {role: parameters[name] for role, name in draft.site.tensors.items()}

@@ -51,7 +51,7 @@ def observed(graph: Graph) -> GraphModule:
         gm, where = graph.captured.copy()
         for index, found in enumerate(graph.matches):
             hidden = found.linears[-1].x
-            insert_observer(gm.graph, where[found.root], index, [where[found.x], where[hidden]])
+            insert_observer(gm.graph, where[found.root], index, where[found.x], where[hidden])
         gm.recompile()
         return gm
 

@@ -115,7 +115,7 @@ _BINARY = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.
 class Expr:
     """A node of an expression: an operator over arguments, a variable, or a number.
 
-    `op` is a key of OPERATORS, "var" (args = (name,)) or "const" (args = (number,)).
+    `op` is a key of OPERATORS, "var" (args = (name,)) or "const" (args = (number,), see `const`).
     """
 
     op: str
@@ -191,8 +191,8 @@ def var(name: str) -> Expr:
 
 
 def const(value: float | bool) -> Expr:
-    """The expression that is a number."""
-    return Expr("const", (value,))
+    """The expression that is a number; 1, 1.0 and True, or 0.0 and -0.0, are different expressions."""
+    return Expr("const", (value,), (("spelt", repr(value)),))
 
 
 @lru_cache(maxsize=1024)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,8 +16,6 @@ from .config import Config
 
 if TYPE_CHECKING:
     from torch.fx import Node
-
-
 
 
 @dataclass(frozen=True)

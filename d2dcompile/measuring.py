@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Node
 
 from .attachment import State, set_tau, states
 from .capture import unwrap
@@ -121,7 +122,8 @@ def _counting(graph: Graph, converted: tuple[int, ...]) -> Rewritten:
     rewritten = rewrite_captured(graph.captured, [graph.matches[i] for i in converted])
     for index, inserted in enumerate(rewritten.inserted):
         x = inserted.output.args[0]
-        insert_observer(rewritten.gm.graph, inserted.output, index, [x, inserted.offsets])
+        assert isinstance(x, Node)
+        insert_observer(rewritten.gm.graph, inserted.output, index, x, inserted.offsets)
     rewritten.gm.recompile()
     return rewritten
 

@@ -33,7 +33,7 @@ class Observer(Protocol):
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any: ...
 
-    def seen(self, index: int, *values: Tensor) -> None: ...
+    def seen(self, index: int, x: Tensor, values: Tensor, /) -> None: ...
 
 
 class Graph:
@@ -85,15 +85,15 @@ def _backend(gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., 
     return call
 
 
-def observe(index: int, *values: Tensor) -> None:
+def observe(index: int, x: Tensor, values: Tensor) -> None:
     """Hand values of a running graph to the current observer; the target of inserted nodes."""
-    _current.observer.seen(index, *values)
+    _current.observer.seen(index, x, values)
 
 
-def insert_observer(graph: torch.fx.Graph, before: Node, index: int, values: Sequence[Node]) -> None:
-    """Insert a node that hands `values` to the observer, right before another node."""
+def insert_observer(graph: torch.fx.Graph, before: Node, index: int, x: Node, values: Node) -> None:
+    """Insert a node that hands a block's input and values to the observer, before another node."""
     with graph.inserting_before(before):
-        graph.call_function(observe, (index, *values))
+        graph.call_function(observe, (index, x, values))
 
 
 @contextmanager
@@ -106,7 +106,10 @@ def probing(model: nn.Module, observer: Observer) -> Iterator[Callable[..., Any]
     plain = unwrap(model)
     modes = [(module, module.training) for module in plain.modules()]
     before = getattr(_current, "observer", None), getattr(_current, "names", {})
-    limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": 1024}
+    limits: dict[str, Any] = {
+        "recompile_limit": RECOMPILE_LIMIT,
+        "accumulated_recompile_limit": 1024,
+    }
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         stack.enter_context(torch.no_grad())
@@ -158,7 +161,7 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def flop_counter() -> FlopCounterMode:

@@ -53,7 +53,7 @@ def rewrite_captured(captured: Captured, matches: Sequence[Match]) -> Rewritten:
         for name in operand_names(found.site):
             with gm.graph.inserting_after(last):
                 last = operands[name] = gm.graph.placeholder(f"d2d_{index}_{name}")
-            last._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd asks every placeholder
+            last._dynamo_source = None  # AOTAutograd asks every placeholder
         inserted.append(insert_moe(gm.graph, found, operands, where.__getitem__))
     gm.recompile()
     verify(gm, len(matches))
@@ -78,7 +78,9 @@ def rewrite(
     """
     captured = from_graph_module(graph_module, {}, example_inputs)
     matches, _ = match(captured)
-    pairs = [(m, state) for m in matches if (state := state_of(captured, m, conversion)) is not None]
+    pairs = [
+        (m, state) for m in matches if (state := state_of(captured, m, conversion)) is not None
+    ]
     if not pairs:
         raise NoConversionError(
             f"The graph has {len(matches)} convertible sites, none of which belongs to the conversion "

@@ -112,7 +112,9 @@ def tiny(family: str, seed: int = 0) -> Tiny:
 class FFN(nn.Module):
     """down(act(up(x))) with a residual, the plain block: D features, H hidden neurons."""
 
-    def __init__(self, d: int = 16, h: int = 64, act: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, d: int = 16, h: int = 64, act: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(d, h), nn.Linear(h, d)
         self.act = act or torch.nn.functional.gelu

@@ -119,7 +119,9 @@ def interpolate(rows: list[Row], executed: float) -> float | None:
     return None
 
 
-def ablate(rows: list[Row], dense: Any, task: Task, data: list[Any], config: d2d.Config) -> list[Row]:
+def ablate(
+    rows: list[Row], dense: Any, task: Task, data: list[Any], config: d2d.Config
+) -> list[Row]:
     """Random experts of the same size, with routers of their own, at the executed shares of `rows`."""
     other = copy.deepcopy(dense)
     d2d.convert(other, data, config)
@@ -140,7 +142,9 @@ def plot(rows: list[Row], random_rows: list[Row], dense_recall: float, path: Pat
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, key, label in zip(axes, ("cosine", "recall"), ("cosine to dense", "R@1"), strict=True):
+    for axis, key, label in zip(
+        axes, ("cosine", "recall"), ("cosine to dense", "R@1"), strict=True
+    ):
         for data, name in ((rows, "clustered experts"), (random_rows, "random experts")):
             if data:
                 axis.plot([r["macs"] for r in data], [r[key] for r in data], "o-", label=name)
@@ -185,13 +189,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="few texts and two values of tau")
     parser.add_argument("--ablate", action="store_true", help="compare with random experts")
-    parser.add_argument("--out", type=Path, default=Path("out/quickstart"), help="folder for results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/quickstart"), help="folder for results"
+    )
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reload:
         return reload(options.reload)
     options.out.mkdir(parents=True, exist_ok=True)
-    taus, pairs, limit, repeats = (TAUS, 400, None, 9) if not options.quick else ((0.0, 0.2), 40, 96, 2)
+    taus, pairs, limit, repeats = (
+        (TAUS, 400, None, 9) if not options.quick else ((0.0, 0.2), 40, 96, 2)
+    )
 
     model, tokenizer = minilm.load()
     dense = copy.deepcopy(model)
@@ -202,7 +210,9 @@ def main() -> None:
     started = time.perf_counter()
     config = d2d.Config() if not options.quick else d2d.Config(router_epochs=2)
     conversion = d2d.convert(model, data, config)
-    print(f"converted in {time.perf_counter() - started:.0f} s on {len(texts.calibration[:limit])} docstrings")
+    print(
+        f"converted in {time.perf_counter() - started:.0f} s on {len(texts.calibration[:limit])} docstrings"
+    )
 
     rows = sweep(model, task, taus)
     batch = task.documents[-1]  # the longest texts

@@ -107,13 +107,13 @@ def _first(view: View, linear: Linear, rules: Sequence[Rule]) -> Match | Miss:
 
 def _exclusive(view: View, matches: list[Match], misses: dict[Node, Miss]) -> list[Match]:
     """Drop blocks whose weights are read by anything but the same role of the same block."""
-    readers: dict[Node, set[Node]] = {}
-    owners: dict[Node, set[tuple[Any, ...]]] = {}
+    readers: dict[int, set[Node]] = {}
+    owners: dict[int, set[tuple[Any, ...]]] = {}
     for match in matches:
-        block = tuple(match.weights.values())
-        for role, weight in match.weights.items():
+        weights = _identities(view, match)
+        for role, weight in weights.items():
             readers.setdefault(weight, set()).update(part.node for part in match.linears)
-            owners.setdefault(weight, set()).add((role, block))
+            owners.setdefault(weight, set()).add((role, *weights.values()))
     kept = []
     for match in matches:
         problem = _shared(view, match, readers, owners)
@@ -124,20 +124,27 @@ def _exclusive(view: View, matches: list[Match], misses: dict[Node, Miss]) -> li
     return kept
 
 
+def _identities(view: View, match: Match) -> dict[str, int]:
+    """The block's parameters by identity: symbolic_trace makes a node of each use of one."""
+    tensors = view.captured.tensors
+    return {role: id(tensors[node]) for role, node in match.weights.items() if role[0] != "p"}
+
+
 def _shared(
     view: View,
     match: Match,
-    readers: Mapping[Node, set[Node]],
-    owners: Mapping[Node, set[tuple[Any, ...]]],
+    readers: Mapping[int, set[Node]],
+    owners: Mapping[int, set[tuple[Any, ...]]],
 ) -> Miss | None:
     """Why permuting the block's neurons in place would change something else, or None."""
-    weights = [node for role, node in match.weights.items() if not role.startswith("p")]
+    weights = list(_identities(view, match).values())
     if len(set(weights)) < len(weights):
         return Miss(match.root, "two of its matrices are one parameter")
     for weight in weights:
-        stranger = next((user for user in _readers(view, weight) if user not in readers[weight]), None)
-        if stranger is not None:
-            return Miss(stranger, "its weight is also used outside of the block")
+        uses = (user for node in view.nodes_of[weight] for user in _readers(view, node))
+        strangers = [user for user in uses if user not in readers[weight]]
+        if strangers:
+            return Miss(strangers[0], "its weight is also used outside of the block")
         if len(owners[weight]) > 1:
             return Miss(match.root, "another block shares some of its weights, but not all")
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch.fx import Node
 
@@ -80,10 +81,14 @@ def _same_rows(down: Linear, leaves: list[Linear], region: Region) -> bool:
     after = shape_of(down.node)
     shapes = [shape_of(leaf.x) for leaf in leaves]
     if after is not None and None not in shapes:
-        return all(len(s) == len(after) and all(map(same_size, s[:-1], after[:-1])) for s in shapes if s)
+        return all(_same_lead(shape, after) for shape in shapes if shape is not None)
     flat = all(op_name(linear.node) in ("addmm", "mm") for linear in (down, *leaves))
     same_x = len({leaf.x for leaf in leaves}) == 1
-    return flat or same_x and not any(op_name(node) in VIEWS for node in region.nodes)
+    return flat or (same_x and not any(op_name(node) in VIEWS for node in region.nodes))
+
+
+def _same_lead(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    return len(left) == len(right) and all(map(same_size, left[:-1], right[:-1]))
 
 
 def make(

@@ -20,21 +20,25 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..capture import Captured
+from ..ir import Miss
 
 _ALIASES = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",
     "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "ipow": "pow",
     "__pow__": "pow", "negative": "neg", "clip": "clamp", "max": "maximum", "min": "minimum",
     "float_power": "pow", "greater": "gt", "less": "lt", "absolute": "abs", "imatmul": "matmul",
-    "clamp_min": "clamp", "special_erf": "erf", "special_expit": "sigmoid", "swish": "silu", "where_self": "where",
-    "_to_copy": "to", "type": "to", "expand_as": "expand",
+    "clamp_min": "clamp", "special_erf": "erf", "special_expit": "sigmoid", "swish": "silu",
+    "where_self": "where", "_threshold": "threshold", "_to_copy": "to", "type": "to", "expand_as": "expand",
 }  # fmt: skip
 IDENTITIES = ("contiguous", "clone", "identity", "detach", "alias", "lift_fresh_copy")
 VIEWS = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "_unsafe_view", "unflatten")
 CASTS = ("to", "float", "half", "bfloat16", "double", "type_as")
 TRANSPOSES = ("t", "transpose", "permute", "adjoint", "numpy_T", "mT", "T", "swapaxes", "swapdims")
-_CONSTANTS = ("_tensor_constant", "lifted_tensor_")  # names that torch.fx and torch.export give them
-SHAPE_ONLY = ("size", "dim", "shape", "ndim", "dtype", "device", "numel", "sym_size", "is_floating_point")
+_CONSTANTS = ("_tensor_constant", "lifted_tensor_")  # named so by torch.fx and torch.export
+SHAPE_ONLY = (
+    "size", "dim", "shape", "ndim", "dtype", "device", "numel", "sym_size", "is_floating_point",
+    "_assert_tensor_metadata",
+)  # fmt: skip
 
 
 def op_name(node: Node) -> str:
@@ -100,6 +104,7 @@ class View:
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
         self.mutations: list[tuple[Node, Node]] | None = None  # in-place calls, see inplace.py
+        self.refused: dict[Node, Miss] = {}  # what no walk gets past, see region.py
 
     @cached_property
     def linears(self) -> dict[Node, Linear]:
@@ -115,6 +120,14 @@ class View:
     def order(self) -> dict[Node, int]:
         """The position of every node in execution order."""
         return {node: index for index, node in enumerate(self.captured.gm.graph.nodes)}
+
+    @cached_property
+    def nodes_of(self) -> dict[int, list[Node]]:
+        """The nodes that stand for each parameter, by the parameter's identity."""
+        found: dict[int, list[Node]] = {}
+        for node, tensor in self.captured.tensors.items():
+            found.setdefault(id(tensor), []).append(node)
+        return found
 
     def parameter(self, node: Any) -> Tensor | None:
         """The parameter behind a placeholder or get_attr node, or None; a buffer is none."""
@@ -132,9 +145,10 @@ class View:
         return float(tensor)
 
     def users(self, node: Node) -> Iterator[Node]:
-        """Users of a node that read its values; reading the shape or dtype does not count."""
+        """Users of a node that read its values, not only its shape, dtype or number of chunks."""
         for user in node.users:
-            if op_name(user) not in SHAPE_ONLY:
+            name = op_name(user)
+            if name not in SHAPE_ONLY and (name != "getitem" or user.users):
                 yield user
 
     def _linear(self, node: Node) -> Linear | None:
@@ -183,7 +197,7 @@ def _is_matrix_transpose(node: Node) -> bool:
     """Whether a call swaps both axes of a matrix; `permute(0, 1)` does not."""
     if op_name(node) not in TRANSPOSES or node.kwargs:
         return False
-    dims = [d for d in node.args[1:] if not isinstance(d, str)]  # getattr(w, "T") has the name there
+    dims = [d for d in node.args[1:] if not isinstance(d, str)]  # getattr(w, "T") has a name there
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = list(dims[0])
     if op_name(node) == "permute":

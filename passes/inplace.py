@@ -1,7 +1,7 @@
 """In-place calls: where they keep a block from being replaced.
 
-A rewrite runs the block at its end, from its input, and drops what was inside. That is the same unless
-the input is changed meanwhile, or a hidden value is changed and read again under its old name.
+A rewrite runs the block at its end, from its input, and drops what was inside. That is the same
+unless the input is changed meanwhile, or a hidden value is changed and read again under its old name.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ _ALIASING = (  # calls whose result may share memory with their first argument
 )  # fmt: skip
 
 
-def changed_in_place(
-    view: View, x: Iterable[Node], inside: set[Node], root: Node
-) -> Miss | None:
+def changed_in_place(view: View, x: Iterable[Node], inside: set[Node], root: Node) -> Miss | None:
     """Why in-place calls forbid to replace the nodes `inside`, which read `x` and end at `root`."""
     inputs = {origin(node) for node in x}
     first = min(view.order[node] for node in inside)
-    for call, changed in view_mutations(view):
+    for call, changed in mutations(view):
         if changed in inputs and first < view.order[call] < view.order[root]:
             return Miss(call, "its input is changed in place before the block ends")
         if call in inside and _read_again(view, call, changed):
@@ -39,7 +37,7 @@ def changed_in_place(
     return None
 
 
-def view_mutations(view: View) -> list[tuple[Node, Node]]:
+def mutations(view: View) -> list[tuple[Node, Node]]:
     """Each in-place call of a graph with the origin of the value it changes."""
     if view.mutations is None:
         changes = ((node, changed_by(node)) for node in view.order)
@@ -62,11 +60,11 @@ def _is_inplace(node: Node, target: Any) -> bool:
     name = target if node.op == "call_method" else getattr(target, "__name__", "")
     if node.op not in ("call_method", "call_function"):
         return False
-    if name.endswith("_") and not name.endswith("__") or name.strip("_") in _OPERATORS:
+    if (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _OPERATORS:
         return True
     known = OPERATORS.get(op_name(node))
     positional = known is not None and len(node.args) > known.tensors + len(known.params)
-    return node.kwargs.get("inplace") is True or positional and node.args[-1] is True
+    return node.kwargs.get("inplace") is True or (positional and node.args[-1] is True)
 
 
 def origin(node: Node) -> Node:

@@ -57,8 +57,9 @@ def insert_moe(
 ) -> Inserted:
     """Insert the nodes of one converted site and erase the dense block they replace.
 
-    graph is a copy of the matched graph and `at` maps the match's nodes to that copy. Whoever reads
-    the shape of a hidden value reads it from a stand-in without memory.
+    graph is a copy of the matched graph and `at` maps the match's nodes to that copy. The block's last
+    node becomes the expert_mlp call, so that it stays the input of whatever is matched after it.
+    Whoever reads the shape of a hidden value reads it from a stand-in without memory.
     """
     root, x = at(match.root), at(match.x)
     scalars = [at(match.weights[name]) for name in match.site.biases if _is_scalar(name)]
@@ -70,20 +71,17 @@ def insert_moe(
         mask = graph.call_function(gate.overload, (scores, operands["tau"]))
         lists = graph.call_function(dispatch.overload, (mask,))
         tokens, offsets = (graph.call_function(getitem, (lists, i)) for i in (0, 1))
-        slabs = [operands.get(name) for name in SLABS]
-        y = graph.call_function(
-            expert_mlp.overload, (x, tokens, offsets, *slabs, scalars, match.site.activation)
-        )
-    y.meta = dict(root.meta)
-    root.replace_all_uses_with(y)
+    slabs = [operands.get(name) for name in SLABS]
+    root.op, root.target, root.kwargs = "call_function", expert_mlp.overload, {}
+    root.args = (x, tokens, offsets, *slabs, scalars, match.site.activation)
     stand_ins = _StandIns(graph, match, at)
-    for node in reversed(match.inside):
+    for node in reversed(match.inside[:-1]):
         for user in list(at(node).users):
             _erase_shape_reader(graph, user)
         for user in list(at(node).users):
             user.replace_input_with(at(node), stand_ins[node])
         graph.erase_node(at(node))
-    return Inserted(scores, mask, offsets, y)
+    return Inserted(scores, mask, offsets, root)
 
 
 def _erase_shape_reader(graph: Graph, node: Node) -> None:

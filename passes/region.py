@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from ..expr import MAX_LENGTH, OPERATORS, Expr, const, var
+from ..errors import ExpressionError
+from ..expr import MAX_DEPTH, MAX_SIZE, OPERATORS, Expr, const, var
 from ..ir import Miss
 from .canonicalize import (
     CASTS,
@@ -30,6 +31,7 @@ from .canonicalize import (
     shape_of,
 )
 from .halves import Leaf, Refuse, both_halves, half_of
+
 
 @dataclass
 class Region:
@@ -64,7 +66,6 @@ class _Walker:
         self.view = view
         self.region = Region()
         self.memo: dict[Node, Expr] = {}
-        self.size: dict[Node, int] = {}
 
     def visit(self, node: Any, user: Node | None = None) -> Expr:
         if not isinstance(node, Node):
@@ -72,11 +73,24 @@ class _Walker:
                 return const(node)
             raise Refuse(user, f"the activation has an argument {node!r} that is not a finite number")
         if node not in self.memo:
-            self.memo[node] = self._visit(node)
-            self.size[node] = 1 + sum(self.size.get(a, 0) for a in node.args if isinstance(a, Node))
-            if self.size[node] > MAX_LENGTH:  # shared values are written once per use
-                raise Refuse(node, f"its activation is longer than {MAX_LENGTH} characters")
+            self.memo[node] = self._remembering(node)
         return self.memo[node]
+
+    def _remembering(self, node: Node) -> Expr:
+        """Visit a node unless an earlier walk was refused there: residual streams are walked once."""
+        known = self.view.refused.get(node)
+        if known is not None:
+            raise Refuse(known.node, known.reason)
+        try:
+            return self._visit(node)
+        except ExpressionError:
+            refused = Refuse(
+                node, f"its activation has over {MAX_SIZE} operations or {MAX_DEPTH} levels"
+            )
+        except Refuse as caught:
+            refused = caught
+        self.view.refused[node] = refused.miss
+        raise refused
 
     def _visit(self, node: Node) -> Expr:
         if node in self.view.linears:
@@ -178,7 +192,7 @@ class _Walker:
     def _params(self, node: Node, name: str, rest: list[Any]) -> tuple[tuple[str, Any], ...]:
         """Named parameters that differ from their defaults; a trailing `inplace` is dropped."""
         known = OPERATORS[name]
-        if len(rest) > len(known.params) + 1:
+        if len(rest) > len(known.params) + (known.tensors == 1):
             raise Refuse(node, f"{name} has {len(rest)} parameters; expected {len(known.params)}")
         values = dict(zip(known.params, rest, strict=False))
         values.update({k: v for k, v in node.kwargs.items() if k in known.params})

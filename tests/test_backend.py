@@ -137,7 +137,10 @@ def test_dynamic_batch_and_sequence_of_a_transformer() -> None:
     with torch.no_grad():
         for shape in ((2, 17), (3, 9), (5, 30)):
             ids = torch.randint(5, 90, shape)
-            result, rival = testing.output(fast(input_ids=ids)), testing.output(dense(input_ids=ids))
+            result, rival = (
+                testing.output(fast(input_ids=ids)),
+                testing.output(dense(input_ids=ids)),
+            )
             assert torch.allclose(result, rival, atol=1e-5)
 
 
@@ -333,7 +336,9 @@ def test_edited_weights_are_refused(edit: str) -> None:
             model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
         else:
             weight.data = weight.data + 1
-        with pytest.raises(WeightsChangedError, match=r"blocks\.\d.*changed after conversion.*convert"):
+        with pytest.raises(
+            WeightsChangedError, match=r"blocks\.\d.*changed after conversion.*convert"
+        ):
             fast(x)
 
 
@@ -359,7 +364,9 @@ def test_swapped_parameter_object_is_refused() -> None:
 def test_conversion_for_other_weights_is_refused(tmp_path) -> None:
     donor, model = testing.Stack(seed=0), testing.Stack(seed=1)
     conversion = d2d.convert(donor, [torch.randn(64, 16)], QUICK, progress=False)
-    with pytest.raises(ConversionMismatchError, match=r"made for other weights.*SHA-256.*run convert"):
+    with pytest.raises(
+        ConversionMismatchError, match=r"made for other weights.*SHA-256.*run convert"
+    ):
         conversion.attach(model)
     with pytest.raises(ConversionMismatchError, match="made for other weights"):
         compiled(model, conversion=conversion)(torch.randn(4, 16))

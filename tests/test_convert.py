@@ -37,7 +37,9 @@ def test_conversion_permutes_in_place_and_keeps_names_function_and_storage() -> 
     experts = conversion.experts["blocks.0"]
     up, old = model.blocks[0].up.weight, before.blocks[0].up.weight
     assert torch.equal(up, old[experts.permutation])
-    assert torch.equal(model.blocks[0].down.weight, before.blocks[0].down.weight[:, experts.permutation])
+    assert torch.equal(
+        model.blocks[0].down.weight, before.blocks[0].down.weight[:, experts.permutation]
+    )
     assert model.blocks[0].down.weight.t().is_contiguous()  # neuron-major behind the same shape
     assert sorted(experts.permutation.tolist()) == list(range(64))
     assert list(model.state_dict()) == list(before.state_dict())
@@ -51,7 +53,9 @@ def test_detach_restores_every_bit_and_layout(family: str) -> None:
     assert len(states(case.model)) == case.blocks
     d2d.detach(case.model)
     assert states(case.model) == []
-    for (name, ours), theirs in zip(case.model.named_parameters(), before.parameters(), strict=True):
+    for (name, ours), theirs in zip(
+        case.model.named_parameters(), before.parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
         assert ours.stride() == theirs.stride(), name
 
@@ -113,7 +117,9 @@ def test_batches_may_be_a_generator() -> None:
 
 
 def test_a_batch_of_another_type_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="A batch is a str; expected what the model is called"):
+    with pytest.raises(
+        CalibrationError, match="A batch is a str; expected what the model is called"
+    ):
         convert(testing.Stack(), ["text"])
 
 

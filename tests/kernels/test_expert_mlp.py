@@ -27,6 +27,15 @@ NAMES = ("x", "w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")
 TEXT = "silu(gate) * up"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These matrices are tiny: on busy cores a second OpenMP thread costs a hundredfold in spinning."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Block:
     """Operands of one call: tensors by name (None where absent), scalars, activation and mask."""
@@ -197,7 +206,7 @@ def test_error_is_at_most_twice_that_of_eager(dtype, activation, share):
         block(some(35, 32, share=share, seed=seed), activation, width=37, seed=seed).of(
             lambda t: t.to(dtype)
         )
-        for seed in range(6)
+        for seed in range(4)
     )
 
 
