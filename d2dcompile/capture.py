@@ -48,14 +48,14 @@ class Captured:
         AOTAutograd needs the sources of parameters and placeholders, which are attributes that
         torch.fx does not copy (torch 2.13: AssertionError on `_dynamo_source` without them).
         """
-        graph, where = _like(self.gm.graph), {}
+        graph, where = _like(self.gm.graph), dict[Node, Node]()
         output = graph.graph_copy(self.gm.graph, where)
         old = next(node for node in self.gm.graph.nodes if node.op == "output")
         new = graph.output(output)
         new.meta = dict(old.meta)
         for before, after in where.items():
             if hasattr(before, "_dynamo_source"):
-                after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
+                after._dynamo_source = before._dynamo_source
         copied = GraphModule(self.gm, graph)
         copied.meta.update(self.gm.meta)
         for key in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -97,7 +97,7 @@ _WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
 def from_dynamo(gm: GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> Captured:
     """The capture of a graph that Dynamo hands to a backend, with its example inputs in order."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    tensors = {
+    tensors: dict[Node, Tensor] = {
         node: value
         for node, value in zip(placeholders, inputs, strict=True)
         if isinstance(value, nn.Parameter)
@@ -170,7 +170,7 @@ def inline_modules(gm: GraphModule) -> GraphModule:
         else:
             where[node] = graph.node_copy(node, lambda n: where[n])
             if hasattr(node, "_dynamo_source"):
-                where[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+                where[node]._dynamo_source = node._dynamo_source
     graph.output(result)
     return GraphModule(gm, graph)
 

@@ -39,7 +39,9 @@ class Operator:
     nonlinear: bool = True
 
 
-def _op(call: Callable[..., Tensor], tensors: int = 1, linear: bool = False, **params: Any) -> Operator:
+def _op(
+    call: Callable[..., Tensor], tensors: int = 1, linear: bool = False, **params: Any
+) -> Operator:
     return Operator(call, tensors, tuple(params), tuple(params.values()), not linear)
 
 
@@ -162,7 +164,7 @@ class Expr:
         if self.op == "div" and name in self.args[1].variables():
             return True
         inside = [arg for arg in self.args if name in arg.variables()]
-        return len(inside) > 1 and self.op == "mul" or any(a.nonlinear_in(name) for a in inside)
+        return (len(inside) > 1 and self.op == "mul") or any(a.nonlinear_in(name) for a in inside)
 
     def __str__(self) -> str:
         return self._text(0)
@@ -177,9 +179,11 @@ class Expr:
             return f"(-{self.args[0]._text(3)})" if level else f"-{self.args[0]._text(3)}"
         if self.op in _INFIX:
             sign, mine = _INFIX[self.op]
-            left, right = (arg._text(mine + extra) for arg, extra in zip(self.args, (0, 1), strict=True))
+            left, right = (
+                arg._text(mine + extra) for arg, extra in zip(self.args, (0, 1), strict=True)
+            )
             text = f"{left} {sign} {right}"
-            return f"({text})" if level > mine or self.op == "pow" and level else text
+            return f"({text})" if level > mine or (self.op == "pow" and level) else text
         parts = [arg._text(0) for arg in self.args]
         parts += [f"{name}={value!r}" for name, value in self.params]
         return f"{self.op}({', '.join(parts)})"
@@ -202,7 +206,9 @@ def parse(text: str) -> Expr:
     Raises ExpressionError for anything but names, numbers, + - * / ** and known operators.
     """
     if len(text) > MAX_LENGTH:
-        raise ExpressionError(f"Activation text of {len(text)} characters; expected <= {MAX_LENGTH}.")
+        raise ExpressionError(
+            f"Activation text of {len(text)} characters; expected <= {MAX_LENGTH}."
+        )
     try:
         tree = ast.parse(text, mode="eval")
         return _build(tree.body, text)
@@ -325,7 +331,7 @@ def _slopes(text: str, names: tuple[str, ...], key: tuple[tuple[torch.dtype, int
         def forward(*variables: Tensor) -> Tensor:
             return function(text)(dict(zip(names, variables, strict=True)))
 
-        _, pull = torch.func.vjp(forward, *operands)
+        pull = torch.func.vjp(forward, *operands)[1]
         result: tuple[Tensor, ...] = pull(grad)
         return result
 

@@ -3,7 +3,7 @@
     scores(x) = |relu(x W1^T) W2^T|          x [.., D]   W1 [R, D]   W2 [E, R]   scores [.., E]
     target[t, e] = |h_te W_e|_2 = sqrt(h_te G_e h_te^T)          G_e = W_e W_e^T [F, F]
 
-Expert e runs on token t unless scores[t, e] < tau * max over e of scores[t]. Szatkowski et al. 2024,
+Expert e runs on token t unless scores[t, e] < tau * max of scores[t]. Szatkowski et al. 2024,
 arXiv:2310.04361; the Gram form of the target avoids the E x T x D tensor of expert outputs.
 
 Only ratios within a row decide, and the fit uses that freedom twice. Rows are weighted by one over
@@ -54,7 +54,7 @@ class Router:
 
 
 def gram(w_down: Tensor) -> Tensor:
-    """Gram matrices [E, F, F] fp32 of the experts' rows of the down projection, w_down [E, F, D]."""
+    """Gram matrices [E, F, F] fp32 of each expert's rows of the down projection [E, F, D]."""
     if w_down.ndim != 3:
         raise CalibrationError(f"w_down has shape {[*w_down.shape]}; expected [E, F, D].")
     rows = w_down.detach().float()
@@ -76,7 +76,7 @@ def expert_norms(hidden: Tensor, gram: Tensor) -> Tensor:
     _, experts, size = hidden.shape
     out = torch.empty(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
     rows = max(1, CHUNK // (experts * size))
-    for done, part in zip(out.split(rows), hidden.detach().split(rows), strict=True):
+    for done, part in zip(torch.split(out, rows), torch.split(hidden.detach(), rows), strict=True):
         h = part.float().transpose(0, 1)
         squares = ((h @ gram) * h).sum(-1)
         done.copy_(squares.T.clamp_min(0).sqrt())
@@ -154,10 +154,10 @@ def _train(
     best = (w1.detach().clone(), w2.detach().clone(), _validate(data, w1, w2))
     for epoch in range(epochs):
         order = torch.randperm(len(data.fitted), generator=generator)
-        for index in order.to(data.x.device).split(batch):
+        for index in torch.split(order.to(data.x.device), batch):
             x, goal = data.rows(data.fitted[index])
             optimizer.zero_grad()
-            _loss(_raw(x, w1, w2), goal).backward()
+            torch.autograd.backward(_loss(_raw(x, w1, w2), goal))
             optimizer.step()
             schedule.step()
         if epoch % math.ceil(epochs / CHECKS) == 0 or epoch == epochs - 1:
@@ -259,7 +259,7 @@ def _check(x: Tensor, targets: Tensor, width: int, epochs: int, level: float | N
     for name, value in (("x", x), ("targets", targets)):
         if not value.isfinite().all():
             raise CalibrationError(
-                f"{name} holds NaN or infinity; check the calibration batches and the model's dtype."
+                f"{name} holds NaN or infinity; check the calibration batches and the dtype."
             )
     if (targets < 0).any():
         raise CalibrationError("targets holds negative numbers; expected norms.")

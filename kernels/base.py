@@ -77,7 +77,9 @@ class Op:
     ) -> None:
         """Add an implementation; it must take the same parameters as the meaning."""
         if name in self.names():
-            raise KernelError(f"{self.name} has an implementation {name!r} already; take another name.")
+            raise KernelError(
+                f"{self.name} has an implementation {name!r} already; take another name."
+            )
         if list(inspect.signature(run).parameters) != list(self._parameters):
             raise KernelError(
                 f"{self.name}:{name} takes {inspect.signature(run)}; the op takes "
@@ -114,7 +116,9 @@ def _wanted() -> dict[str, str]:
     wanted = _parse_wanted(os.environ.get("D2D_IMPL", ""))
     if not wanted.keys() <= _OPS:
         unknown = ", ".join(sorted(wanted.keys() - _OPS))
-        raise KernelError(f"D2D_IMPL names unknown ops: {unknown}; known: {', '.join(sorted(_OPS))}.")
+        raise KernelError(
+            f"D2D_IMPL names unknown ops: {unknown}; known: {', '.join(sorted(_OPS))}."
+        )
     return wanted
 
 
@@ -124,4 +128,4 @@ def _parse_wanted(text: str) -> dict[str, str]:
     pairs = [part.split(":") for part in text.split(",") if part]
     if any(len(pair) != 2 for pair in pairs):
         raise KernelError(f"D2D_IMPL is {text!r}; expected op:name pairs, such as gate:reference.")
-    return {name: choice for name, choice in pairs}
+    return dict(pairs)

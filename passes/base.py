@@ -7,9 +7,11 @@ match: blocks that would share a linear, and weights that are also used elsewher
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -175,7 +177,7 @@ def _unique_names(matches: list[Match]) -> list[Match]:
 
 
 def where(weight: str, node: Node) -> str:
-    """The linear's module path, and the source line of the node to blame as far as it is known."""
-    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    source = next((line for line in reversed(lines) if line.startswith("File ")), "")
-    return ", ".join(part for part in (weight.removesuffix(".weight"), source[5:]) if part)
+    """The linear's module path, and file:line of the node to blame as far as it is known."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
+    source = f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
+    return ", ".join(part for part in (weight.removesuffix(".weight"), source) if part)

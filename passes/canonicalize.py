@@ -135,10 +135,16 @@ class View:
         return tensor if isinstance(tensor, torch.nn.Parameter) else None
 
     def constant(self, node: Node) -> float | None:
-        """The number behind `torch.tensor(0.5)` in the traced code, or None."""
+        """The number behind `torch.tensor(0.5)` or a symbolic float in the traced code, or None.
+
+        dynamic=True makes symbols of floats such as math.pi: asking for the number adds a guard.
+        """
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymFloat) and value.node.has_hint():
+            return float(value)
         if op_name(node) == "tensor" and not node.kwargs and len(node.args) == 1:
-            value = node.args[0]
-            return value if isinstance(value, (int, float)) else None
+            number = node.args[0]
+            return number if isinstance(number, (int, float)) else None
         tensor = self.captured.tensors.get(node)
         if tensor is None or tensor.dim() or not str(node.target).startswith(_CONSTANTS):
             return None

@@ -102,11 +102,13 @@ class _Walker:
         if half is not None:
             self.region.nodes += half[1]
             return self._leaf(half[0])
-        name = op_name(node)
-        self.region.nodes.append(node)
-        number = 0.0 if _is_zeros(node) else self.view.constant(node)
+        number = self.view.constant(node)
         if number is not None:
             return self.visit(number, node)
+        name = op_name(node)
+        self.region.nodes.append(node)
+        if _is_zeros(node):
+            return const(0.0)
         if node in self.view.captured.tensors:
             raise Refuse(node, "the activation reads a buffer; numbers and parameters are expected")
         if name in IDENTITIES:

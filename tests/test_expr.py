@@ -117,7 +117,9 @@ def test_value_is_that_of_the_text_in_python(expression):
     values.update({name: torch.tensor(0.6, dtype=torch.float64) for name in ("p0", "p1", "p12")})
     scope = {name: known.call for name, known in OPERATORS.items()}
     try:
-        expected = eval(str(expression), {**scope, **values})  # text made here, not read from outside
+        expected = eval(
+            str(expression), {**scope, **values}
+        )  # text made here, not read from outside
     except (TypeError, RuntimeError, OverflowError) as error:
         with pytest.raises(type(error)):
             evaluate(expression, values)
@@ -130,7 +132,7 @@ def call_of(name):
     """(text, function of the same tensors) that applies one operator, with its parameters."""
     known, params = OPERATORS[name], PARAMS.get(name, {})
     condition = ["gt(up, 0.2)"] if name == "where" else []
-    args = (condition + ["up", "gate", "p0"])[: known.tensors]
+    args = [*condition, "up", "gate", "p0"][: known.tensors]
     given_params = [f"{key}={value!r}" for key, value in params.items()]
     text = f"{name}({', '.join([*args, *given_params])})"
 

@@ -11,6 +11,7 @@ fp64 weights) and added in expert order: the same input gives the same bits. Wit
 this is the dense block. Szatkowski et al. 2024, arXiv:2310.04361, equation 4.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,10 +52,9 @@ def owned(tokens: Tensor, offsets: Tensor, neurons: int) -> list[tuple[Tensor, s
     """(token indices, neuron slice) of each expert that owns at least one token."""
     bounds = offsets.tolist()
     size = neurons // (len(bounds) - 1)
-    spans = zip(bounds[:-1], bounds[1:], strict=True)
     return [
         (tokens[start:stop].long(), slice(e * size, (e + 1) * size))
-        for e, (start, stop) in enumerate(spans)
+        for e, (start, stop) in enumerate(pairwise(bounds))
         if stop > start
     ]
 
@@ -70,9 +70,7 @@ def hidden_of(
     activation: str,
 ) -> Tensor:
     """One expert's hidden values f(g, u), [n, F], for its rows [n, D]."""
-    return function(activation)(
-        inputs_of(rows, own, w_up, w_gate, b_up, b_gate, scalars)
-    )
+    return function(activation)(inputs_of(rows, own, w_up, w_gate, b_up, b_gate, scalars))
 
 
 def inputs_of(
@@ -112,7 +110,9 @@ def pairs(tokens: Tensor, offsets: Tensor) -> int:
 
 
 @expert_mlp.flops
-def _(x: Tensor, tokens: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Any, *_: Any, **__: Any) -> int:
+def _(
+    x: Tensor, tokens: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Any, *_: Any, **__: Any
+) -> int:
     """Two FLOPs per multiply-add of the executed experts."""
     matrices = 2 if w_gate is None else 3
     return 2 * pairs(tokens, offsets) * matrices * w_up.numel() // (offsets.numel() - 1)

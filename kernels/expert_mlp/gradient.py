@@ -6,6 +6,7 @@ absent operand has an empty tensor. The choice of experts has no gradient (secti
 arXiv:2310.04361 trains routers apart), tokens that skipped an expert contribute nothing to it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def expert_mlp_backward(
     for t, own in owned(tokens, offsets, w_up.shape[0]):
         xt, gt = rows[t], grads[t].to(w_down.dtype)
         values = inputs_of(xt, own, w_up, w_gate, b_up, b_gate, scalars)
-        hidden, slopes = vjp(activation, values, lambda h: (gt @ w_down[own].t()).to(h.dtype))
+        hidden, slopes = vjp(activation, values, _through(gt, w_down[own]))
         weights[2][own] += hidden.to(gt.dtype).t() @ gt
         gated = () if w_gate is None else (("gate", 1, w_gate),)
         for name, i, weight in (("up", 0, w_up), *gated):
@@ -54,6 +55,11 @@ def expert_mlp_backward(
     gb = _none(x) if b_down is None else grads.sum(0, dtype=wide).to(b_down.dtype)
     found = [total.to(scalar.dtype) for total, scalar in zip(extra, scalars, strict=True)]
     return [gx.to(x.dtype).reshape(x.shape), *weights, *biases, gb, *found]
+
+
+def _through(grad: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """From a hidden value to its gradient, in its dtype: the product is made in the weight's own."""
+    return lambda hidden: (grad @ weight.t()).to(hidden.dtype)
 
 
 def _none(like: Tensor) -> Tensor:
@@ -76,11 +82,23 @@ def _(
     activation: str,
 ) -> list[Tensor]:
     operands = (x, w_up, w_gate, w_down, b_up, b_gate, b_down, *scalars)
-    return [_none(x) if o is None else torch.empty_like(o, memory_format=torch.contiguous_format) for o in operands]
+    return [
+        _none(x) if o is None else torch.empty_like(o, memory_format=torch.contiguous_format)
+        for o in operands
+    ]
 
 
 @expert_mlp_backward.flops
-def _(grad_y: Tensor, x: Tensor, tokens: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Any, *_: Any, **__: Any) -> int:
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    w_up: Tensor,
+    w_gate: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
     """Recomputed up and gate, then two products per matrix."""
     matrices = 2 if w_gate is None else 3
     per_matrix = 2 * pairs(tokens, offsets) * w_up.numel() // (offsets.numel() - 1)
@@ -98,7 +116,10 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     tensors = saved[: len(saved) - ctx.scalars]
     scalars = list(saved[len(tensors) :])
     found = expert_mlp_backward(grad_y, *tensors, scalars, ctx.activation)
-    x, *rest = (g if g.numel() or o is not None else None for g, o in zip(found, _operands(tensors, scalars), strict=True))
+    x, *rest = (
+        g if g.numel() or o is not None else None
+        for g, o in zip(found, _operands(tensors, scalars), strict=True)
+    )
     return x, None, None, *rest[:6], list(rest[6:]), None
 
 

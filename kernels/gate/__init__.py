@@ -40,4 +40,6 @@ def tau_bits(tau: float, device: torch.device | str = "cpu") -> Tensor:
 
     Integer storage survives `.to(bfloat16)`, which would shift a float (0.3 becomes 0.30078).
     """
-    return torch.tensor(struct.unpack("<i", struct.pack("<f", tau))[0], dtype=torch.int32, device=device)
+    return torch.tensor(
+        struct.unpack("<i", struct.pack("<f", tau))[0], dtype=torch.int32, device=device
+    )

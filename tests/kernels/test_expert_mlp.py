@@ -51,7 +51,9 @@ class Block:
         return replace(self, tensors=tensors, scalars=[convert(s) for s in self.scalars])
 
     def live(self):
-        return self.of(lambda t: t.detach().clone(memory_format=torch.preserve_format).requires_grad_())
+        return self.of(
+            lambda t: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        )
 
     def leaves(self):
         return [t for t in (*self.tensors.values(), *self.scalars) if t is not None]
@@ -178,7 +180,7 @@ def within_twice_eager(found, eager, exact, dtype):
 
 
 def assert_as_accurate_as_eager(blocks_of_a_kind):
-    """Value and every gradient, pooled over blocks: the gradient of a scalar is one number each."""
+    """Value and every gradient, each pooled over the blocks."""
     results = []
     for low in blocks_of_a_kind:
         ours, theirs, exact = low.live(), low.live(), low.of(lambda t: t.double()).live()
@@ -198,15 +200,24 @@ def assert_as_accurate_as_eager(blocks_of_a_kind):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("activation", ["gelu(up)", "silu(gate) * up", GATED[-1]])
+@pytest.mark.parametrize("activation", ["gelu(up)", "silu(gate) * up"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_eager(dtype, activation, share):
-    """32 experts: a sum over experts kept in bf16 fails here, in value and in gradients."""
+    """128 experts: a sum over experts kept in bf16 fails here, in value and in gradients."""
     assert_as_accurate_as_eager(
-        block(some(35, 32, share=share, seed=seed), activation, width=37, seed=seed).of(
+        block(some(9, 128, share=share, seed=i), activation, width=37, size=1, seed=i).of(
             lambda t: t.to(dtype)
         )
-        for seed in range(4)
+        for i in range(2)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_of_scalar_gradients_is_at_most_twice_that_of_eager(dtype):
+    """One number per block, which eager may hit by luck: 40 blocks."""
+    assert_as_accurate_as_eager(
+        block(some(9, 32, seed=i), GATED[-1], width=7, size=2, seed=i).of(lambda t: t.to(dtype))
+        for i in range(40)
     )
 
 
@@ -298,7 +309,8 @@ def test_takes_halves_of_a_fused_projection():
 
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "bare"])
 @pytest.mark.parametrize(
-    "activation", ["gelu(up)", "p0 * tanh(p1 * up)", "silu(gate) * up", "p0 * up * sigmoid(p1 * gate)"]
+    "activation",
+    ["gelu(up)", "p0 * tanh(p1 * up)", "silu(gate) * up", "p0 * up * sigmoid(p1 * gate)"],
 )
 def test_gradients_of_all_operands(activation, biases):
     mask = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)

@@ -16,10 +16,11 @@ BOUNDED = settings(max_examples=40, deadline=None)
 NAN, INF = math.nan, math.inf
 TAUS = st.floats(0, 1, width=32)
 NUMBERS = st.floats(0, width=32)  # infinity included; scores are absolute values
+ANY = NUMBERS | st.just(NAN)
 
 
 @st.composite
-def tables(draw, scores=NUMBERS | st.just(NAN)):
+def tables(draw, scores=ANY):
     rows, experts = draw(st.integers(0, 5)), draw(st.integers(1, 7))
     values = draw(st.lists(scores, min_size=rows * experts, max_size=rows * experts))
     return torch.tensor(values, dtype=torch.float32).reshape(rows, experts)

@@ -107,7 +107,7 @@ def test_unknown_implementation_is_an_error_that_lists_the_known(toy, monkeypatc
 
 def test_unknown_op_is_an_error_and_not_ignored(toy, monkeypatch):
     monkeypatch.setenv("D2D_IMPL", "expert_mpl:reference")
-    with pytest.raises(KernelError, match="expert_mpl; known: .*expert_mlp"):
+    with pytest.raises(KernelError, match=r"expert_mpl; known: .*expert_mlp"):
         answer(toy)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from d2dcompile import attachment, rewriting, testing
-from d2dcompile.capture import Captured, from_graph_module, parameter_names
+from d2dcompile import attachment, rewriting
+from d2dcompile.capture import Captured, from_dynamo, from_graph_module, parameter_names
 from d2dcompile.ir import Conversion, Experts, Plan
 from d2dcompile.passes import Match
 
@@ -47,9 +47,7 @@ class Traced:
 def _trace(model: nn.Module, x: Tensor, how: str = "dynamo", dynamic: bool | None = None) -> Traced:
     names = parameter_names(model)
     if how == "dynamo":
-        captured = testing.capture(model, x, dynamic=dynamic)
-        args = [_argument(captured, node, x) for node in captured.placeholders()]
-        return Traced(how, captured, captured.gm, args)
+        return _by_dynamo(model, x, dynamic)
     if how == "export":
         with torch.no_grad():
             gm = torch.export.export(model, (x,)).module()
@@ -58,11 +56,24 @@ def _trace(model: nn.Module, x: Tensor, how: str = "dynamo", dynamic: bool | Non
     return Traced(how, from_graph_module(gm, names), gm, [x])
 
 
-def _argument(captured: Captured, node: torch.fx.Node, x: Tensor) -> Any:
-    if node in captured.tensors:
-        return captured.tensors[node]
-    value = node.meta["example_value"]
-    return int(value) if isinstance(value, torch.SymInt) else x
+def _by_dynamo(model: nn.Module, x: Tensor, dynamic: bool | None) -> Traced:
+    """What a backend gets, and what its callable is then called with."""
+    found: list[Traced] = []
+
+    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = from_dynamo(gm, inputs, parameter_names(model))
+        found.append(Traced("dynamo", captured, gm, ()))
+
+        def run(*args: Any) -> Any:
+            found[-1].args = [a.clone() if a is x else a for a in args]
+            return gm.forward(*args)
+
+        return run
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(x)
+    assert len(found) == 1
+    return found[0]
 
 
 def _conversion(traced: Traced, experts: int = 4) -> Conversion:

@@ -37,7 +37,7 @@ class Conv1D(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.size()[:-1] + (self.d_out,)
+        size = x.size()[:-1] + (self.d_out,)  # noqa: RUF005  (symbolic_trace cannot unpack)
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
 
 
@@ -429,9 +429,18 @@ def test_forms_not_found_by_a_capture_are_refused_there(trace) -> None:
             )
 
 
-@pytest.mark.parametrize(
-    "name", ["gelu", "conv1d", "swiglu", "fused_chunk", "fused_slices", "views_dynamic"]
+DYNAMIC = (
+    "gelu",
+    "new_gelu",  # math.pi becomes a symbol
+    "conv1d",
+    "swiglu",
+    "fused_chunk",
+    "fused_slices",
+    "views_dynamic",
 )
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
 def test_dynamic_shapes(name: str, trace, convert_by_hand) -> None:
     if name == "views_dynamic":
         model: nn.Module = ffn(lambda m, h: F.relu(h.reshape(-1, H)).reshape(h.shape))
@@ -443,6 +452,8 @@ def test_dynamic_shapes(name: str, trace, convert_by_hand) -> None:
         traced = trace(model, x, dynamic=True)
         assert any(isinstance(a, int) for a in traced.args), "no size is symbolic"
         assert len(traced.matches()) == 1, traced.reasons()
+        if name in FORMS:
+            assert traced.matches()[0].site.activation == FORMS[name].act
         expected = model(x)
         assert torch.allclose(
             traced.rewritten(convert_by_hand(traced))(), expected, rtol=0, atol=1e-12

@@ -77,7 +77,9 @@ def readable(gm: GraphModule) -> str:
     text = gm.print_readable(print_output=False)
     lines = [line.rstrip() for line in text.splitlines() if not line.lstrip().startswith("# File:")]
     text = re.sub(r"\n{2,}", "\n", "\n".join(lines))
-    return re.sub(r"0x[0-9a-f]+", "0x", text).strip() + "\n"
+    for index, symbol in enumerate(dict.fromkeys(re.findall(r"\bs\d+\b", text))):
+        text = re.sub(rf"\b{symbol}\b", f"size{index}", text)
+    return text.strip() + "\n"
 
 
 @pytest.mark.parametrize("name", FORMS)

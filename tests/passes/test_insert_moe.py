@@ -28,8 +28,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.randn(d_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        size = (*x.size()[:-1], self.d_out) if not isinstance(x, torch.fx.Proxy) else None
-        size = x.size()[:-1] + (self.d_out,) if size is None else size  # noqa: RUF005
+        size = x.size()[:-1] + (self.d_out,)  # noqa: RUF005  (symbolic_trace cannot unpack)
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
 
 

@@ -397,8 +397,7 @@ def test_where_names_the_linear_and_the_line_to_blame(trace) -> None:
     for how in ("dynamo", "export"):
         misses = missed(Near("", lambda m, x: m.down(m.up(x).softmax(-1)), how=how), trace)
         where = misses[comes_from("softmax")].where
-        assert where.startswith("down, "), where
-        assert "line" in where and ("test_misses.py" in where), where
+        assert re.fullmatch(r"down, .*test_misses\.py:\d+", where), where
     misses = missed(Near("", lambda m, x: m.down(m.up(x).softmax(-1)), how="symbolic_trace"), trace)
     assert misses[comes_from("softmax")].where == "down"
 

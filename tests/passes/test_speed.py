@@ -12,8 +12,8 @@ from torch.fx import Graph, GraphModule, Node
 from d2dcompile.capture import Captured, from_graph_module
 from d2dcompile.passes import RULES, match_all
 
-LIMIT = 0.3  # seconds for 32 layers; an idle core takes 0.03 to 0.06
-GROWTH = 8.0  # 4 in theory from 8 to 32 layers; quadratic time would be 16
+LIMIT = 0.3  # seconds for 32 layers; 0.03 measured on one of two busy cores
+GROWTH = 24.0  # 8 in theory from 8 to 64 layers; quadratic time would be 64
 
 
 def synthetic(layers: int) -> Captured:
@@ -66,6 +66,5 @@ def seconds(captured: Captured, sites: int) -> float:
 
 
 def test_matching_is_fast_and_linear() -> None:
-    small, large = seconds(synthetic(8), 8), seconds(synthetic(32), 32)
-    assert large < LIMIT
-    assert large < GROWTH * small
+    assert seconds(synthetic(32), 32) < LIMIT
+    assert seconds(synthetic(64), 64) < GROWTH * seconds(synthetic(8), 8)
