@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py --ablate --out out/quickstart
 
 test: $(STAMP) check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -49,7 +49,8 @@ class Config:
         for name in ("expert_size", "router_width", "router_epochs", "calibration_tokens"):
             _positive(name, getattr(self, name))
         _positive("calibration_bytes", self.calibration_bytes)
-        if not isinstance(self.tau, (int, float)) or not 0.0 <= self.tau <= 1.0:
+        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
+        if not number or not 0.0 <= self.tau <= 1.0:
             raise ConfigError(
                 f"Config.tau is {self.tau!r}; expected a number in 0..1 (0 is dense)."
             )

@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,7 +114,7 @@ def print_table(rows: list[Row]) -> None:
 def interpolate(rows: list[Row], executed: float) -> float | None:
     """Cosine at an executed share, linear between the two nearest points of a sweep."""
     points = sorted((row["executed"], row["cosine"]) for row in rows)
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= executed <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (executed - x0) / (x1 - x0)
     return None
@@ -220,8 +221,11 @@ def main() -> None:
         row.update(timed)
     dense_recall = minilm.recall_at_1(*task.exact)
     print_table(rows)
-    print(f"dense R@1 {dense_recall:.3f}; tau = 0 differs from dense by {rows[0]['difference']:.1e}; "
-          f"timed on {tuple(batch['input_ids'].shape)} tokens, {torch.get_num_threads()} threads")  # fmt: skip
+    shape, threads = tuple(batch["input_ids"].shape), torch.get_num_threads()
+    print(
+        f"dense R@1 {dense_recall:.3f}; tau = 0 differs by {rows[0]['difference']:.1e} from dense"
+    )
+    print(f"timed on a batch of {shape} tokens with {threads} threads, fp32")
     random_rows: list[Row] = []
     if options.ablate:
         wanted = d2d.Config(clustering="random", router_epochs=config.router_epochs)

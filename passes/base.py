@@ -44,7 +44,9 @@ class Match:
     def roles(self) -> dict[str, Node]:
         """Parameter nodes by the roles of `Site.tensors`: "up", "up.bias", ..., "p0.bias"."""
         return {
-            f"{role}.bias" if role in self.site.biases and role not in self.site.params else role: node
+            f"{role}.bias"
+            if role in self.site.biases and role not in self.site.params
+            else role: node
             for role, node in self.weights.items()
         }
 

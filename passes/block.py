@@ -92,7 +92,12 @@ def _same_lead(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
 
 
 def make(
-    view: View, kind: str, down: Linear, region: Region, roles: Mapping[str, Linear], names: Mapping[str, str]
+    view: View,
+    kind: str,
+    down: Linear,
+    region: Region,
+    roles: Mapping[str, Linear],
+    names: Mapping[str, str],
 ) -> Match | Miss:
     """The Match of a checked region; `names` maps its variables v0, v1 to "up" and "gate"."""
     linears = {**roles, "down": down}

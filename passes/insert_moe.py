@@ -64,7 +64,9 @@ def insert_moe(
     root, x = at(match.root), at(match.x)
     scalars = [at(match.weights[name]) for name in match.site.biases if _is_scalar(name)]
     with graph.inserting_before(root):
-        hidden = graph.call_function(F.relu, (graph.call_function(F.linear, (x, operands["router1"])),))
+        hidden = graph.call_function(
+            F.relu, (graph.call_function(F.linear, (x, operands["router1"])),)
+        )
         scores = graph.call_function(
             torch.abs, (graph.call_function(F.linear, (hidden, operands["router2"])),)
         )

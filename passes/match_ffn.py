@@ -31,7 +31,9 @@ class MatchFFN:
         if not whole(region.leaves):
             return Miss(down.node, "only one half of a fused projection is used")
         if leaf.linear.d_out != down.d_in:
-            return Miss(down.node, f"its {down.d_in} inputs are not the {leaf.linear.d_out} hidden ones")
+            return Miss(
+                down.node, f"its {down.d_in} inputs are not the {leaf.linear.d_out} hidden ones"
+            )
         problem = check(view, down, region)
         if problem is not None:
             return problem

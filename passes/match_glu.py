@@ -36,9 +36,13 @@ class MatchGLU:
             sizes = {first.linear.d_out // 2, down.d_in}
             roles = {"gate_up": first.linear}
         else:
-            return Miss(down.node, "its gate and up values are not the two halves of one projection")
+            return Miss(
+                down.node, "its gate and up values are not the two halves of one projection"
+            )
         if len(sizes) > 1:
-            return Miss(down.node, f"gate, up and down disagree on the hidden size: {sorted(sizes)}")
+            return Miss(
+                down.node, f"gate, up and down disagree on the hidden size: {sorted(sizes)}"
+            )
         problem = check(view, down, region)
         if problem is not None:
             return problem

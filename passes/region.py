@@ -71,7 +71,9 @@ class _Walker:
         if not isinstance(node, Node):
             if isinstance(node, (bool, int, float)) and math.isfinite(node):
                 return const(node)
-            raise Refuse(user, f"the activation has an argument {node!r} that is not a finite number")
+            raise Refuse(
+                user, f"the activation has an argument {node!r} that is not a finite number"
+            )
         if node not in self.memo:
             self.memo[node] = self._remembering(node)
         return self.memo[node]
@@ -125,7 +127,9 @@ class _Walker:
         if name in OPERATORS or name == "rsub":
             return self._operator(node, name)
         label = name or f"a {node.op}"
-        raise Refuse(node, f"its input comes from {label}, not from an activation of a linear layer")
+        raise Refuse(
+            node, f"its input comes from {label}, not from an activation of a linear layer"
+        )
 
     def _leaf(self, leaf: Leaf) -> Expr:
         for name, known in self.region.leaves.items():
@@ -138,7 +142,9 @@ class _Walker:
     def _scalar(self, node: Node, value: Tensor) -> Expr:
         if value.shape not in ((), (1,)):
             shape = list(value.shape)
-            raise Refuse(node, f"the activation has a parameter of shape {shape}; [] or [1] expected")
+            raise Refuse(
+                node, f"the activation has a parameter of shape {shape}; [] or [1] expected"
+            )
         name = f"p{len(self.region.scalars)}"
         self.region.scalars[name] = node
         return var(name)
@@ -146,7 +152,9 @@ class _Walker:
     def _dropout(self, node: Node) -> Expr:
         training = argument(node, 2, "training", argument(node, 2, "train", True))
         if training and argument(node, 1, "p", 0.5) != 0:
-            raise Refuse(node, "dropout between the matrices is active; expected eval mode or p = 0")
+            raise Refuse(
+                node, "dropout between the matrices is active; expected eval mode or p = 0"
+            )
         return self.visit(node.args[0])
 
     def _reshape(self, node: Node) -> Expr:
@@ -198,7 +206,14 @@ class _Walker:
             raise Refuse(node, f"{name} has {len(rest)} parameters; expected {len(known.params)}")
         values = dict(zip(known.params, rest, strict=False))
         values.update({k: v for k, v in node.kwargs.items() if k in known.params})
-        unknown = set(node.kwargs) - {*known.params, "inplace", "input", "other", "exponent", "alpha"}
+        unknown = set(node.kwargs) - {
+            *known.params,
+            "inplace",
+            "input",
+            "other",
+            "exponent",
+            "alpha",
+        }
         if any(node.kwargs[k] is not None for k in unknown):
             raise Refuse(node, f"{name} has an argument that is not understood: {sorted(unknown)}")
         kept = []
@@ -224,4 +239,3 @@ def _extreme(name: str, tensors: tuple[Expr, ...]) -> Expr:
             side = "min" if name == "maximum" else "max"
             return Expr("clamp", (value,), ((side, limit.args[0]),))
     return Expr(name, tensors)
-

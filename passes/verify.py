@@ -26,7 +26,9 @@ def verify(gm: GraphModule, expected: int) -> None:
         raise VerifyError(f"The rewritten graph is not well formed: {error}") from error
     blocks = [node for node in gm.graph.nodes if node.target is expert_mlp.overload]
     if len(blocks) != expected:
-        raise VerifyError(f"{len(blocks)} expert_mlp nodes in the rewritten graph; expected {expected}.")
+        raise VerifyError(
+            f"{len(blocks)} expert_mlp nodes in the rewritten graph; expected {expected}."
+        )
     for block in blocks:
         tokens, offsets = block.args[1:3]
         lists = _from(tokens, getitem)

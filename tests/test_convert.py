@@ -215,6 +215,7 @@ def test_random_clustering_is_another_split() -> None:
         ("router_width", 1.5, "router_width is 1.5"),
         ("tau", 2, "tau is 2; expected a number in 0..1"),
         ("tau", float("nan"), "tau is nan"),
+        ("tau", True, "tau is True"),
         ("clustering", "magic", "clustering is 'magic'"),
         ("seed", -1, "seed is -1"),
     ],
@@ -244,7 +245,7 @@ def test_set_tau_refuses_and_then_changes_nothing() -> None:
         d2d.set_tau(model, 0.1)
     convert(model)
     for bad in (-0.1, 1.1, float("nan"), "0.1", True, None):
-        with pytest.raises(TauError, match="expected a finite number in 0..1"):
+        with pytest.raises(TauError, match=r"expected a finite number in 0\.\.1"):
             d2d.set_tau(model, {"blocks.0": 0.5, "blocks.1": bad})
     with pytest.raises(TauError, match=r"No site 'block'; expected one of blocks\.0, blocks\.1"):
         d2d.set_tau(model, {"blocks.0": 0.5, "block": 0.5})

@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_executed_share_falls_with_tau(converted: Converted) -> None:
         # Routers cost 3.9 % of the six blocks, whatever runs: 128 * (384 + 48) of 2 * 384 * 1536.
         assert stats.macs < stats.dense_macs * 1.03
     assert shares[0] == 1.0
-    assert all(later < earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(shares))
 
 
 def test_quality_at_two_thirds_executed(converted: Converted) -> None:

@@ -109,7 +109,7 @@ def test_every_error_says_what_it_is_for() -> None:
 
 def test_nothing_names_the_machine_it_was_written_on() -> None:
     # Spelt in parts, so that this file does not hold what it looks for.
-    words = ["/wo" + "rk/", "/ro" + "ot/", "bash_" + "jobs"]
+    words = ["/wo" + "rk/", "/roo" + "t/", "bash_" + "jobs"]
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")

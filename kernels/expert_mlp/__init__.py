@@ -41,7 +41,9 @@ def expert_mlp(
     wide = torch.float64 if w_down.dtype == torch.float64 else torch.float32
     y = rows.new_zeros(len(rows), w_down.shape[1], dtype=wide)
     for t, own in owned(tokens, offsets, w_up.shape[0]):
-        hidden = hidden_of(rows[t], own, w_up, w_gate, b_up, b_gate, scalars, activation)
+        hidden = hidden_of(
+            rows.index_select(0, t), own, w_up, w_gate, b_up, b_gate, scalars, activation
+        )
         y.index_add_(0, t, (hidden.to(w_down.dtype) @ w_down[own]).to(wide))
     if b_down is not None:
         y += b_down

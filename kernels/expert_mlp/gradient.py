@@ -40,7 +40,7 @@ def expert_mlp_backward(
     biases = [_none(x) if b is None else b.new_zeros(b.shape) for b in (b_up, b_gate)]
     extra = [scalar.new_zeros(scalar.shape, dtype=wide) for scalar in scalars]
     for t, own in owned(tokens, offsets, w_up.shape[0]):
-        xt, gt = rows[t], grads[t].to(w_down.dtype)
+        xt, gt = rows.index_select(0, t), grads.index_select(0, t).to(w_down.dtype)
         values = inputs_of(xt, own, w_up, w_gate, b_up, b_gate, scalars)
         hidden, slopes = vjp(activation, values, _through(gt, w_down[own]))
         weights[2][own] += hidden.to(gt.dtype).t() @ gt
