@@ -136,14 +136,15 @@ class Calibrating:
         if draft is None:
             return
         rows, values = x.reshape(-1, x.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-        parts = values[:, draft.order.to(values.device)].view(len(values), draft.plan.experts, -1)
-        if not (rows.isfinite().all() and values.isfinite().all()):
+        parts = values.index_select(1, draft.order.to(values.device))
+        norms = expert_norms(parts.view(len(values), draft.plan.experts, -1), draft.gram)
+        if not (rows.isfinite().all() and norms.isfinite().all()):
             raise CalibrationError(
                 f"Batch {self.batch} of the calibration data gives NaN or infinity at site "
                 f"{draft.site.name!r}; expected finite values. Check that batch, and that the dense "
                 "model is sound in this dtype."
             )
-        draft.sample.add(rows, expert_norms(parts, draft.gram))
+        draft.sample.add(rows, norms)
 
     def _limit(self, sites: Sequence[Site], plans: dict[str, Plan | str]) -> int:
         """Tokens to keep per site so that all sites together stay within the memory budget."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from d2dcompile import cluster
 from d2dcompile.cluster import Clusters, balanced_kmeans, permutation, random_split
 from d2dcompile.errors import PlanError
 
@@ -126,6 +127,58 @@ def test_best_of_sixteen_seeds_matches_brute_force(neurons: int, experts: int) -
         found = [balanced_kmeans(features, experts, seed=seed).objective for seed in range(16)]
         assert optimum(features, experts) * (1 - 1e-5) <= min(found)
         assert min(found) <= optimum(features, experts) * 1.02
+
+
+def test_more_iterations_never_raise_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SELF_SHARE", 1.2)  # so much that some passes do harm
+    features = torch.randn(240, 30)
+    found = [
+        balanced_kmeans(features, 24, iterations=n, tolerance=-0.2).objective for n in range(1, 26)
+    ]
+    assert found == sorted(found, reverse=True)
+    assert found[cluster.PASSES] < found[cluster.PASSES - 1] < found[0]
+
+
+def test_a_smaller_tolerance_works_longer() -> None:
+    features = torch.randn(480, 30)
+    found = [balanced_kmeans(features, 24, tolerance=t) for t in (1e-1, 1e-3, 0.0)]
+    assert found[0].objective > found[1].objective > found[2].objective
+    assert found[0].iterations < found[1].iterations < found[2].iterations < 200
+
+
+def test_swaps_gain_exactly_what_they_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    gains, real = [], cluster._candidates
+
+    def record(*args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        found = real(*args)
+        gains.append(found[-1])
+        assert len(torch.cat(found[:2])) == len(set(torch.cat(found[:2]).tolist()))
+        return found
+
+    monkeypatch.setattr(cluster, "_candidates", record)
+    features = functional.normalize(planted(12, 20, width=16, noise=1.0, seed=0)[0], dim=1)
+    start = random_split(240, 12)
+    end = cluster._swap(features, start, 12, 0.0, lambda: True)
+    assert end.bincount().tolist() == [20] * 12
+    assert len(gains) > 20
+    assert min(gains[:-1]) > 0
+    assert sum(gains) == pytest.approx(spread(features, start) - spread(features, end), rel=1e-4)
+
+
+@pytest.mark.parametrize(("small", "inside"), [(10**9, 1), (0, 2)])
+def test_only_small_inputs_are_held_to_one_thread(
+    monkeypatch: pytest.MonkeyPatch, small: int, inside: int
+) -> None:
+    monkeypatch.setattr(cluster, "SMALL", small)
+    seen, threads = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        features = torch.randn(48, 8)
+        balanced_kmeans(features, 4, progress=lambda *_: seen.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert set(seen) == {inside}
 
 
 def test_scaling_a_row_changes_nothing() -> None:

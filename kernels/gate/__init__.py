@@ -2,7 +2,8 @@
 
 scores [..., E] any float dtype   tau [] int32 holding the bits of an fp32 number   mask [..., E] bool
 The comparison runs in fp32. It is written as "drop if below", so that it leans to dense: a NaN score
-or maximum keeps the expert, an all-zero row keeps all, and the arg-max is always kept (0 <= tau <= 1, scores >= 0 as
+or maximum keeps the expert, an all-zero row keeps all, and the arg-max is always kept
+(0 <= tau <= 1, and scores >= 0 as
 routers give them).
 Szatkowski et al. 2024, arXiv:2310.04361, section 3.3; tau is the paper's (0 runs everything).
 """
