@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.d2dcompile-installed
 
-.PHONY: demo test check bench-cluster clean
+.PHONY: demo ablate test check bench-cluster clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/quickstart.py --ablate --out out/quickstart
+	$(BIN)/python examples/quickstart.py --out out/quickstart
+
+ablate: $(STAMP)
+	$(BIN)/python examples/quickstart.py --ablate --out out/ablate
 
 test: $(STAMP) check
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -11,8 +11,8 @@ held to one thread and again with its default threads, and once at n_init=10, it
 Both sides get the same L2-normalised rows, take turns, and are timed inside their process around
 the fit alone; medians over `--repeats` seeds. `balanced_kmeans` uses one thread at these sizes by
 itself (cluster.SMALL), so "1 thread" is the like-for-like speed-up; "fine" is the own result at
-tolerance=1e-4. Objectives are recomputed here
-in fp64 from the labels. A few minutes, cheap to repeat; results go to results/cluster.json.
+tolerance=1e-4. Objectives are recomputed here in fp64 from the labels. Five to fifteen minutes,
+nearly all of it k-means-constrained; results go to results/cluster.json.
 """
 
 import argparse

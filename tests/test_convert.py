@@ -267,3 +267,21 @@ def test_states_do_not_keep_a_model_alive() -> None:
     gc.collect()
     assert weak() is None
     assert len(attachment._STATES) == count - 2
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "phi3"])
+def test_a_checkpoint_saved_after_converting_is_an_ordinary_dense_one(
+    family: str, tmp_path
+) -> None:
+    """Whoever loads it without this package gets the dense model; with it, the experts attach."""
+    case = testing.tiny(family)
+    dense = copy.deepcopy(case.model)
+    conversion = convert(case.model, [case.inputs])
+    case.model.save_pretrained(tmp_path)
+    loaded = type(case.model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        exact = testing.output(dense(**case.inputs))
+        assert torch.allclose(testing.output(loaded(**case.inputs)), exact, atol=1e-5)
+        conversion.attach(loaded)
+        fast = torch.compile(loaded, backend="d2dmoe", options={"inner": "eager"})
+        assert torch.allclose(testing.output(fast(**case.inputs)), exact, atol=1e-5)
