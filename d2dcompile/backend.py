@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from .attachment import State, check_tau, lookup
 from .capture import Captured, from_dynamo
 from .errors import D2DError, DenseFallbackWarning, NoConversionError, OptionError
-from .ir import Conversion
+from .ir import Conversion, Miss
 from .passes import Match
 from .rewriting import dump, match, rewrite_captured, state_of
 
@@ -102,9 +102,10 @@ def backend(
         chosen = _options(options, mode, unknown)
         captured = from_dynamo(gm, example_inputs, {})
         dump("capture", gm)
-        matches, _ = match(captured)
+        matches, misses = match(captured)
         states = _states(captured, matches, chosen)
         converted = [m for m in matches if m.site.name in states]
+        _warn_of_unmatched(captured, states.values(), misses)
         if not converted:
             return _inner(gm, example_inputs, chosen, mode)
         rewritten = rewrite_captured(captured, converted)
@@ -115,6 +116,24 @@ def backend(
         return Dispatching(captured, converted, compiled, chosen)
     except D2DError as error:
         raise _plain(error) from error.__cause__
+
+
+def _warn_of_unmatched(
+    captured: Captured, running: Iterable[State], misses: Sequence[Miss]
+) -> None:
+    """Warn of converted sites whose weights are in the graph, but not as a block that matches."""
+    names = {state.site.name for state in running}
+    for node, tensor in captured.tensors.items():
+        state = lookup(tensor)
+        if state is not None and state.site.name not in names:
+            path = captured.name(node).removesuffix(".weight")
+            reasons = [miss.reason for miss in misses if miss.where.split(",")[0] == path]
+            why = reasons[0] if reasons else "no linear of this graph reads its down weight"
+            warnings.warn(
+                f"Site {state.site.name!r} is converted but runs dense in this graph: {why}.",
+                DenseFallbackWarning,
+                stacklevel=2,
+            )
 
 
 def _options(

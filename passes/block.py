@@ -41,6 +41,10 @@ def _inactive_dropout(node: Node) -> bool:
 def check(view: View, down: Linear, region: Region) -> Miss | None:
     """The first reason why a region between linears is no feed-forward block, or None."""
     leaves = [leaf.linear for leaf in region.leaves.values()]
+    if view.autocast:
+        return Miss(
+            down.node, "runs under autocast, which changes dtypes that the graph does not show"
+        )
     if not region.expression.is_nonlinear():
         return Miss(down.node, "no nonlinearity between it and the linear before it")
     if len({source(leaf.x) for leaf in leaves}) > 1:

@@ -129,6 +129,12 @@ class View:
             found.setdefault(id(tensor), []).append(node)
         return found
 
+    @cached_property
+    def autocast(self) -> bool:
+        """Whether any of the graph runs under autocast, entered inside of it or around the capture."""
+        inside = any("enter_autocast" in op_name(node) for node in self.captured.gm.graph.nodes)
+        return inside or any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
     def parameter(self, node: Any) -> Tensor | None:
         """The parameter behind a placeholder or get_attr node, or None; a buffer is none."""
         tensor = self.captured.tensors.get(node) if isinstance(node, Node) else None

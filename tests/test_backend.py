@@ -382,3 +382,14 @@ def test_casting_and_moving_keeps_the_conversion_and_tau() -> None:
     state = d2d.attachment.states(model)[0]
     bits = state.tau_on(torch.device("cpu")).view(torch.float32)
     assert bits.item() == torch.tensor(0.3).item()
+
+
+def test_converted_sites_that_do_not_match_are_named_in_a_warning() -> None:
+    model, x = converted(1), torch.randn(4, 16)
+    fast = compiled(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(
+            DenseFallbackWarning, match=r"'blocks\.0' is converted but runs dense.*autocast"
+        ):
+            result = fast(x)
+        assert torch.equal(result, model(x))

@@ -87,6 +87,11 @@ def many_constants(h: Tensor) -> Tensor:
     return h
 
 
+def under_autocast(m: Net, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.down(F.relu(m.up(x)))
+
+
 def hidden_outside(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     h = m.up(x)
     return m.down(F.relu(h)), h
@@ -152,6 +157,9 @@ def computed_bound(h: Tensor) -> Tensor:
 NEAR: dict[str, Near] = {
     "head": near(
         "maps 8 features to 3: a head, not a block", lambda m, x: m.head(torch.tanh(m.up(x)))
+    ),
+    "autocast": near(
+        "runs under autocast, which changes dtypes that the graph does not show", under_autocast
     ),
     "linear_linear": near(
         "no nonlinearity between it and the linear before it", lambda m, x: m.down(m.up(x) * 2)
