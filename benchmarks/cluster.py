@@ -1,6 +1,6 @@
 """Compare `balanced_kmeans` with the PyPI package k-means-constrained: objective and time.
 
-    python benchmarks/cluster.py [--oracle-python PATH] [--repeats 5] [--quick]
+    python benchmarks/cluster.py [--oracle-python PATH] [--repeats 5] [--quick] [--resume]
 
 k-means-constrained is the library of the official D2DMoE code. It is imported if installed here;
 otherwise name a Python that has it (python -m venv V; V/bin/pip install k-means-constrained) with
@@ -12,7 +12,8 @@ Both sides get the same L2-normalised rows, take turns, and are timed inside the
 the fit alone; medians over `--repeats` seeds. `balanced_kmeans` uses one thread at these sizes by
 itself (cluster.SMALL), so "1 thread" is the like-for-like speed-up; "fine" is the own result at
 tolerance=1e-4. Objectives are recomputed here in fp64 from the labels. Five to fifteen minutes,
-nearly all of it k-means-constrained; results go to results/cluster.json.
+nearly all of it k-means-constrained; results go to results/cluster.json after every case, and
+--resume continues a run that was cut off.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from torch.nn import functional
 
 from d2dcompile.cluster import balanced_kmeans, random_split
 
+LARGE = "synthetic 16384x2048 noise 1.5"
 FINE = 1e-4  # the tolerance of the "fine" columns; the default is 1e-3
 RESULTS = Path(__file__).parent / "results" / "cluster.json"
 ORACLE = """
@@ -192,7 +194,7 @@ def large(threads: int) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fine = timed_own(rows, 512, 0, FINE)
     return {
-        "case": "synthetic 16384x2048 noise 1.5",
+        "case": LARGE,
         "experts": 512,
         "threads": threads,
         "own": middle([run]),
@@ -216,7 +218,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": importlib.metadata.version("numpy"),
         "torch_threads": torch.get_num_threads(),
-        "load_average_before": os.getloadavg()[0],
     }
 
 
@@ -253,22 +254,32 @@ def main() -> None:
     parser.add_argument("--oracle-python", help="a Python that has k-means-constrained")
     parser.add_argument("--repeats", type=int, default=5, help="seeds per case (default 5)")
     parser.add_argument("--quick", action="store_true", help="no n_init=10 and no large case")
+    parser.add_argument("--resume", action="store_true", help="keep the cases already in --out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     importable = importlib.util.find_spec("k_means_constrained") is not None
     oracle = options.oracle_python or (sys.executable if importable else None)
     report: dict[str, Any] = {"machine": machine(), "cases": []}
-    for name, build, experts, required in CASES:
-        rows = functional.normalize(build(), dim=1)
-        full = required and not options.quick
-        entry = compare(name, rows, experts, oracle, options.repeats, full)
+    if options.resume and options.out.exists():
+        report = json.loads(options.out.read_text())
+    done = {(entry["case"], entry["experts"]) for entry in report["cases"]}
+
+    def keep(entry: dict[str, Any]) -> None:
+        entry["load_average_after"] = os.getloadavg()[0]
         report["machine"] |= entry.pop("versions", {})
-        report["cases"].append(entry | {"required": required})
-    if not options.quick:
-        report["cases"] += [large(threads) for threads in sorted({1, torch.get_num_threads()})]
-    report["machine"]["load_average_after"] = os.getloadavg()[0]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+        report["cases"].append(entry)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    for name, build, experts, required in CASES:
+        if (name, experts) not in done:
+            rows = functional.normalize(build(), dim=1)
+            full = required and not options.quick
+            entry = compare(name, rows, experts, oracle, options.repeats, full)
+            keep(entry | {"required": required})
+    if not options.quick and (LARGE, 512) not in done:
+        for threads in sorted({1, torch.get_num_threads()}):
+            keep(large(threads))
     print(table(report["cases"]))
     print(f"written: {options.out.name}")
 

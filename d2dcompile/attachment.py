@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -211,29 +212,48 @@ def hashes_of(site: Site, weights: Mapping[str, Tensor], order: Tensor) -> dict[
 def attach(model: nn.Module, conversion: Conversion) -> nn.Module:
     """Attach a conversion to a model in place and return the model; its function is unchanged.
 
-    Every site's weights are checked before anything is touched: shapes and SHA-256 against those the
-    conversion was made for, as dense or already permuted. A conversion attached before is replaced.
+    Every site's weights are checked before anything is attached: shapes and SHA-256 against those the
+    conversion was made for, as dense or already permuted. A conversion attached before is replaced, or
+    kept when the new one is refused.
 
     Raises ConversionMismatchError naming the first parameter that is missing or different.
     """
-    detach(model)
+    with kept_on_error(model):
+        detach(model)
+        for work in [_recognised(model, experts) for experts in conversion.experts.values()]:
+            register(*work)
+    return model
+
+
+def _recognised(
+    model: nn.Module, experts: Experts
+) -> tuple[Experts, dict[str, nn.Parameter], bool]:
+    """A site's experts, its parameters in the model by role, and whether they are in dense order."""
     plain = unwrap(model)
     found = dict(plain.named_parameters(remove_duplicate=False))
-    work: list[tuple[Experts, dict[str, nn.Parameter], bool]] = []
-    for experts in conversion.experts.values():
-        weights = {}
-        for role, name in experts.site.tensors.items():
-            if name not in found:
-                raise ConversionMismatchError(
-                    f"Site {experts.site.name!r} needs a parameter {name!r}, which this "
-                    f"{type(plain).__name__} does not have. Attach the conversion to the model class "
-                    "it was made for, or run convert() on this model."
-                )
-            weights[role] = found[name]
-        work.append((experts, weights, recognise(experts, weights)))
-    for experts, weights, is_dense in work:
-        register(experts, weights, is_dense)
-    return model
+    weights = {}
+    for role, name in experts.site.tensors.items():
+        if name not in found:
+            raise ConversionMismatchError(
+                f"Site {experts.site.name!r} needs a parameter {name!r}, which this "
+                f"{type(plain).__name__} does not have. Attach the conversion to the model class "
+                "it was made for, or run convert() on this model."
+            )
+        weights[role] = found[name]
+    return experts, weights, recognise(experts, weights)
+
+
+@contextmanager
+def kept_on_error(model: nn.Module) -> Iterator[None]:
+    """Put back the sites and taus that were attached before, if the block raises."""
+    before = [(state.experts, state.tau) for state in states(model)]
+    try:
+        yield
+    except BaseException:
+        if not states(model):
+            for experts, tau in before:
+                register(*_recognised(model, experts)).set_tau(tau)
+        raise
 
 
 def recognise(experts: Experts, weights: Mapping[str, Tensor]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .attachment import attach, detach, hashes_of
+from .attachment import attach, detach, hashes_of, kept_on_error
 from .calibrate import Draft, calibrate
 from .capture import unwrap
 from .config import Config
@@ -31,19 +31,20 @@ def convert(
     config: see `Config`; by default from D2D_* variables. progress: show progress bars.
 
     The same seed, weights and batches give the same conversion. A conversion attached before is
-    replaced. Raises CalibrationError (no batches, values that are not finite, nothing to convert) and
-    PlanError (experts do not divide a hidden size), both before the model is touched; warns with
-    CalibrationWarning when there is too little data. Source: Szatkowski et al. 2024,
+    replaced, and kept if this fails. Raises CalibrationError (no batches, values that are not finite,
+    nothing to convert) and PlanError (experts do not divide a hidden size), both before the model is
+    touched; warns with CalibrationWarning when there is too little data. Source: Szatkowski et al. 2024,
     arXiv:2310.04361, section 3, with the exact targets of `d2dcompile.calibrate`.
     """
     chosen = config if config is not None else Config.from_env()
-    detach(model)
-    drafts, dense = calibrate(unwrap(model), batches, chosen, progress)
-    experts = {}
-    for index, draft in enumerate(tqdm(drafts, "routers", disable=not progress, unit="site")):
-        experts[draft.site.name] = _experts(unwrap(model), draft, chosen, index)
-    conversion = Conversion(experts, dense, chosen)
-    attach(model, conversion)
+    with kept_on_error(model):
+        detach(model)
+        drafts, dense = calibrate(unwrap(model), batches, chosen, progress)
+        experts = {}
+        for index, draft in enumerate(tqdm(drafts, "routers", disable=not progress, unit="site")):
+            experts[draft.site.name] = _experts(unwrap(model), draft, chosen, index)
+        conversion = Conversion(experts, dense, chosen)
+        attach(model, conversion)
     return conversion
 
 

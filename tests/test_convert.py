@@ -285,3 +285,19 @@ def test_a_checkpoint_saved_after_converting_is_an_ordinary_dense_one(
         conversion.attach(loaded)
         fast = torch.compile(loaded, backend="d2dmoe", options={"inner": "eager"})
         assert torch.allclose(testing.output(fast(**case.inputs)), exact, atol=1e-5)
+
+
+def test_a_failed_conversion_keeps_the_one_attached_before() -> None:
+    model = testing.Stack()
+    convert(model)
+    d2d.set_tau(model, 0.5)
+    x = torch.randn(8, 16)
+    fast = torch.compile(model, backend="d2dmoe", options={"inner": "eager"})
+    with torch.no_grad():
+        before = fast(x)
+        with pytest.raises(CalibrationError):
+            convert(model, [torch.full((4, 16), float("nan"))])
+        with pytest.raises(d2d.errors.ConversionMismatchError):
+            convert(testing.Stack(seed=1)).attach(model)
+        assert [state.tau for state in states(model)] == [0.5, 0.5]
+        assert torch.equal(fast(x), before)
