@@ -12,6 +12,23 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.minilm
+def test_the_readme_example_runs_as_it_stands(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "6 sites hold" in done.stdout and "of the dense multiply-adds" in done.stdout
+    assert (tmp_path / "experts" / "d2dmoe.safetensors").is_file()
+
+
+@pytest.mark.minilm
 def test_quickstart_in_its_quick_form(tmp_path: Path) -> None:
     """A few texts: the table, an equal reload in a fresh process, the plot and the saved experts."""
     done = subprocess.run(
