@@ -1,6 +1,6 @@
 """Convert a pretrained sentence encoder to experts, sweep tau, and print quality against cost.
 
-    python examples/quickstart.py                  about five minutes on two cores; no network
+    python examples/quickstart.py                  several minutes on two cores; no network
     python examples/quickstart.py --ablate         also compares clustered with random experts
     python examples/quickstart.py --quick          a few texts, to see that everything works
 
