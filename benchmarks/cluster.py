@@ -230,16 +230,17 @@ def table(entries: list[dict[str, Any]]) -> str:
         "|---" * 14 + "|",
     ]
     for entry in entries:
-        own, fine, cells = entry["own"], entry["own_fine"], ["-"] * 8
+        own, fine, cells = entry["own"], entry.get("own_fine"), ["-"] * 8
         cells += [f"{own['objective_mean'] / entry['random_objective']:.3f}"]
-        cells += [f"{fine['wall_s']:.3f}", "-"]
+        cells += [f"{fine['wall_s']:.3f}" if fine else "-", "-"]
         if one := entry.get("n_init_1"):
             alone = entry["n_init_1_one_thread"]
             worst = one["worst_to_best_objective_ratio"]
             cells[:2] = f"{one['wall_s']:.2f}", f"{one['speedup']:.1f}x"
             cells[2:4] = f"{alone['speedup']:.1f}x", f"{alone['speedup_cpu']:.1f}x"
             cells[4] = f"{one['objective_ratio']:.4f} ({worst:.4f})"
-            cells[10] = f"{fine['objective_mean'] / one['objective_mean']:.4f}"
+            if fine:
+                cells[10] = f"{fine['objective_mean'] / one['objective_mean']:.4f}"
         if ten := entry.get("n_init_10"):
             cells[5:7] = f"{ten['wall_s']:.1f}", f"{ten['speedup']:.0f}x"
             cells[7] = f"{ten['objective_ratio']:.4f}"
