@@ -19,11 +19,17 @@ from torch import Tensor, nn
 
 from .capture import unwrap
 from .errors import ConversionMismatchError, TauError, WeightsChangedError
+from .expr import parse, quiet, without_casts
 from .ir import Conversion, Experts, Site
 from .kernels.gate import tau_bits
 from .passes.insert_moe import operand_names
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def meaning(activation: str) -> str:
+    """An activation apart from its changes of dtype and dropout: equal for what computes the same."""
+    return str(quiet(without_casts(parse(activation))))
 
 
 class State:
@@ -36,6 +42,7 @@ class State:
         self._tau: dict[torch.device, Tensor] = {}
         self._cache: dict[str, Any] = {}
         self.tau = experts.tau
+        self.meaning = meaning(experts.site.activation)
         self.applied: float | None = None  # the tau option that a backend has set already
         self.seen = self._fingerprint()
 
@@ -148,24 +155,35 @@ def slabs(site: Site, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for role in site.params:
         matrix = _neuron_major(site, role, weights[role])
         if role == "gate_up":
-            halves = dict(zip(site.halves, matrix.chunk(2), strict=True))
-            found.update(w_gate=halves["gate"], w_up=halves["up"])
+            found.update({f"w_{half}": part for half, part in _halves(site, matrix).items()})
         else:
             found[f"w_{role}"] = matrix
     for role in site.biases:
         bias = weights[f"{role}.bias"]
         if role == "gate_up":
-            halves = dict(zip(site.halves, bias.chunk(2), strict=True))
-            found.update(b_gate=halves["gate"], b_up=halves["up"])
+            found.update({f"b_{half}": part for half, part in _halves(site, bias).items()})
         elif role in ("up", "gate", "down"):
             found[f"b_{role}"] = bias
     return found
 
 
+def _halves(site: Site, fused: Tensor) -> dict[str, Tensor]:
+    """The gate and up rows of a fused matrix or bias, as views."""
+    parts = (fused[0::2], fused[1::2]) if site.interleaved else fused.chunk(2)
+    return dict(zip(site.halves, parts, strict=True))
+
+
 def _neuron_major(site: Site, role: str, weight: Tensor) -> Tensor:
-    """[H, D] (or [2 H, D]) view of a weight: neurons are rows of up, columns of down."""
-    neurons_first = (role == "down") == (role in site.transposed)
-    return weight if neurons_first else weight.t()
+    """[H, D] (or [2 H, D]) view of a weight: neurons are rows of up, columns of down.
+
+    A convolution of kernel 1 has axes of size one after those two.
+    """
+    matrix = weight.view(weight.shape[:2])
+    return matrix if _neurons_first(site, role) else matrix.t()
+
+
+def _neurons_first(site: Site, role: str) -> bool:
+    return (role == "down") == (role in site.transposed)
 
 
 def permuted(site: Site, role: str, tensor: Tensor, order: Tensor) -> Tensor:
@@ -174,12 +192,15 @@ def permuted(site: Site, role: str, tensor: Tensor, order: Tensor) -> Tensor:
     if (base == "down" and bias) or base not in site.params:
         return tensor
     order = order.to(tensor.device)
-    if base == "gate_up":
+    if base == "gate_up" and site.interleaved:
+        order = torch.stack([2 * order, 2 * order + 1], dim=1).flatten()
+    elif base == "gate_up":
         order = torch.cat([order, order + len(order)])
     if bias:
         return tensor[order]
     matrix = _neuron_major(site, role, tensor)
-    return _neuron_major(site, role, matrix[order])
+    ordered = matrix[order] if _neurons_first(site, role) else matrix[order].t()
+    return ordered.view(tensor.shape)
 
 
 def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
@@ -282,7 +303,7 @@ def recognise(experts: Experts, weights: Mapping[str, Tensor]) -> bool:
 
 def register(experts: Experts, weights: Mapping[str, nn.Parameter], is_dense: bool) -> State:
     """Put one site's weights into expert order and enter it in the table."""
-    for role in experts.site.tensors:
+    for role in _distinct(experts.site):
         order = experts.permutation if is_dense else torch.arange(len(experts.permutation))
         _store(weights[role], permuted(experts.site, role, weights[role].detach(), order))
     down = weights["down"]
@@ -290,6 +311,11 @@ def register(experts: Experts, weights: Mapping[str, nn.Parameter], is_dense: bo
     _STATES[id(down)] = state
     weakref.finalize(down, _forget, id(down), weakref.ref(state))
     return state
+
+
+def _distinct(site: Site) -> dict[str, str]:
+    """A site's tensors by role, each parameter once: up and down may be tied."""
+    return {role: name for name, role in reversed({n: r for r, n in site.tensors.items()}.items())}
 
 
 def _forget(key: int, state: weakref.ref[State]) -> None:
@@ -300,16 +326,18 @@ def _forget(key: int, state: weakref.ref[State]) -> None:
 def _store(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a parameter new values in its own storage, with the strides of `value`."""
     held = parameter.data
-    if value.stride() == held.stride():
+    if value.dim() < 2:
         held.copy_(value)
-    elif value.t().is_contiguous() and _dense_storage(held):
-        flat = held.as_strided((held.numel(),), (1,))
-        flat.copy_(value.t().clone().reshape(-1))
-        parameter.data = flat.view(value.shape[1], value.shape[0]).t()
-    elif value.is_contiguous() and _dense_storage(held):
-        flat = held.as_strided((held.numel(),), (1,))
-        flat.copy_(value.clone().reshape(-1))
-        parameter.data = flat.view(value.shape)
+        return
+    old, new = (t.view(t.shape[:2]) for t in (held, value))  # axes of size one may follow
+    if new.stride() == old.stride():
+        held.copy_(value)
+    elif (new.is_contiguous() or new.t().is_contiguous()) and _dense_storage(old):
+        flat = old.as_strided((old.numel(),), (1,))
+        straight = new.is_contiguous()
+        flat.copy_((new if straight else new.t()).clone().reshape(-1))
+        stored = flat.view(new.shape) if straight else flat.view(new.t().shape).t()
+        parameter.data = stored.view(held.shape)
     else:
         parameter.data = value.clone(memory_format=torch.preserve_format)
 
@@ -326,7 +354,7 @@ def detach(model: nn.Module) -> nn.Module:
     found = dict(unwrap(model).named_parameters(remove_duplicate=False))
     for state in states(model):
         order = torch.argsort(state.experts.permutation)
-        for role, name in state.site.tensors.items():
+        for role, name in _distinct(state.site).items():
             # By name: a parameter put in an old one's place is in expert order like the others.
             value = permuted(state.site, role, found[name].detach(), order)
             _store(found[name], value.contiguous())

@@ -16,16 +16,17 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
 from torch.fx import GraphModule
 
-from .attachment import State, check_tau, lookup
+from .attachment import State, check_tau, lookup, meaning
 from .capture import Captured, from_dynamo
 from .errors import D2DError, DenseFallbackWarning, NoConversionError, OptionError
 from .ir import Conversion, Miss
 from .passes import Match
-from .rewriting import dump, match, rewrite_captured, state_of
+from .rewriting import dump, match, parameter_places, rewrite_captured, state_of
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,9 @@ def backend(
         rewritten = rewrite_captured(captured, converted)
         dump("rewritten", rewritten.gm)
         extra = [t for m in converted for t in states[m.site.name].operands()]
-        compiled = _inner(rewritten.gm, [*example_inputs, *extra], chosen, mode)
+        compiled = _inner(
+            rewritten.gm, [*example_inputs, *map(_of_fixed_shape, extra)], chosen, mode
+        )
         log.info("%d of %d sites run as experts", len(converted), len(matches))
         return Dispatching(captured, converted, compiled, chosen)
     except D2DError as error:
@@ -164,10 +167,11 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
     conversion = _load(options.conversion)
     states: dict[str, State] = {}
     fresh = False
-    for found in matches:
-        state = state_of(captured, found, None)
+    sites = [found for found in matches if found.site.convertible]
+    for found in sites:
+        state = state_of(found, None)
         if state is None and conversion is not None:
-            state = state_of(captured, found, conversion)
+            state = state_of(found, conversion)
             fresh |= state is not None
         if state is not None:
             states[found.site.name] = state
@@ -177,10 +181,10 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
     if fresh and TracingContext.try_get() is not None:
         # Attaching changed the strides of weights, which Dynamo recorded before and guards on.
         raise TensorifyScalarRestartAnalysis(restart_reason="d2dmoe attached a conversion")
-    if matches and not states:
-        names = ", ".join(found.site.name for found in matches)
+    if sites and not states:
+        names = ", ".join(found.site.name for found in sites)
         message = (
-            f"No conversion for the {len(matches)} convertible sites of this graph ({names}). Call "
+            f"No conversion for the {len(sites)} convertible sites of this graph ({names}). Call "
             "d2dcompile.convert(model, batches) or d2dcompile.load(folder).attach(model) first, or "
             'pass options={"conversion": folder}.'
         )
@@ -198,6 +202,17 @@ def _load(conversion: Conversion | str | PathLike[str] | None) -> Conversion | N
     from .artifact import load
 
     return load(conversion)
+
+
+def _of_fixed_shape(operand: Tensor) -> Tensor:
+    """A fake tensor in place of an operand while compiling, so that its sizes are not made symbols.
+
+    AOTAutograd makes symbols of all sizes of a tensor that Dynamo did not see, and Inductor then fails on
+    what training saves of them (torch 2.13: "expected [s21] to have been codegen-ed").
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    return operand if mode is None else mode.from_tensor(operand, static_shapes=True)
 
 
 def _inner(
@@ -234,35 +249,30 @@ class Dispatching:
         compiled: Callable[..., Any],
         options: Options,
     ) -> None:
-        index = {n: i for i, n in enumerate(captured.placeholders())}
         self._dense = captured.gm.forward
         self._compiled = compiled
         self._check = not options.trainable
-        self._sites = [
-            (index[m.weights["down"]], [(r, index[n]) for r, n in m.roles().items()])
-            for m in matches
-        ]
-        self._kinds = [(m.site.kind, m.site.activation) for m in matches]
+        self._sites = [tuple(parameter_places(captured, m).items()) for m in matches]
+        self._kinds = [(m.site.kind, meaning(m.activation)) for m in matches]
         self._strict = options.strict
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
         extra: list[Any] = []
-        for (down, roles), kind in zip(self._sites, self._kinds, strict=True):
-            state = lookup(args[down])
-            if state is None or not self._belongs(state, args, roles, kind):
+        for roles, kind in zip(self._sites, self._kinds, strict=True):
+            weights = {role: args[place] for role, place in roles}
+            state = lookup(weights["down"])
+            if state is None or (state.site.kind, state.meaning) != kind or not state.owns(weights):
                 return self._run_dense(args)
             if self._check:
                 state.check()
             extra += state.operands()
         return self._compiled(*args, *extra)
 
-    @staticmethod
-    def _belongs(
-        state: State, args: Sequence[Any], roles: Sequence[tuple[str, int]], kind: tuple[str, str]
-    ) -> bool:
-        same = (state.site.kind, state.site.activation) == kind
-        return same and state.owns({role: args[i] for role, i in roles})
+    def names(self, args: Sequence[Any]) -> list[str]:
+        """The names of the sites that a call with these arguments runs."""
+        found = (lookup(args[dict(roles)["down"]]) for roles in self._sites)
+        return [state.site.name for state in found if state is not None]
 
     def _run_dense(self, args: Sequence[Any]) -> Any:
         """The captured graph as it was, for weights without a conversion; an error when strict."""

@@ -25,7 +25,7 @@ from .errors import ExpressionError
 MAX_LENGTH = 4096  # characters; the longest activation seen (xIELU) takes about 300
 MAX_SIZE = 4096  # nodes, shared ones counted each time: no text of MAX_LENGTH spells more
 MAX_DEPTH = 64  # nested nodes, so that no reader recurses past Python's limit of 1000 frames
-VARIABLES = ("up", "gate")
+VARIABLES = ("up", "gate", "noise")  # noise: what active dropout multiplies by
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,20 @@ class Expr:
             return set()
         return set().union(*(arg.variables() for arg in self.args))
 
+    def neurons(self) -> set[str]:
+        """Names of the variables that are values of neurons, not scalars or dropout's noise."""
+        return {name for name in self.variables() if name != "noise" and name[0] != "p"}
+
     def is_nonlinear(self) -> bool:
-        """Whether it is a nonlinear function of its variables."""
-        if self.op in ("var", "const") or not self.variables():
+        """Whether it is a nonlinear function of its neurons' values."""
+        if self.op in ("var", "const") or not self.neurons():
             return False
-        dependent = [arg for arg in self.args if arg.variables()]
+        dependent = [arg for arg in self.args if arg.neurons()]
         if any(arg.is_nonlinear() for arg in dependent) or OPERATORS[self.op].nonlinear:
             return True
         if self.op == "mul":
             return len(dependent) == 2
-        return self.op == "div" and bool(self.args[1].variables())
+        return self.op == "div" and bool(self.args[1].neurons())
 
     def nonlinear_in(self, name: str) -> bool:
         """Whether `name` passes through a nonlinear operator, products with others not counted."""
@@ -197,6 +201,24 @@ def var(name: str) -> Expr:
 def const(value: float | bool) -> Expr:
     """The expression that is a number; 1, 1.0 and True, or 0.0 and -0.0, are different expressions."""
     return Expr("const", (value,), (("spelt", repr(value)),))
+
+
+def quiet(expression: Expr) -> Expr:
+    """The expression without dropout's noise: what it is in eval mode."""
+    if expression.op in ("var", "const"):
+        return expression
+    if expression.op == "mul" and expression.args[1] == var("noise"):
+        return quiet(expression.args[0])
+    return Expr(expression.op, tuple(map(quiet, expression.args)), expression.params)
+
+
+def without_casts(expression: Expr) -> Expr:
+    """The expression without changes of dtype: the same function of real numbers."""
+    if expression.op in ("var", "const"):
+        return expression
+    if expression.op == "cast":
+        return without_casts(expression.args[0])
+    return Expr(expression.op, tuple(map(without_casts, expression.args)), expression.params)
 
 
 @lru_cache(maxsize=1024)

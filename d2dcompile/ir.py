@@ -27,11 +27,13 @@ class Site:
         kind: "ffn" down(act(up(x))), "glu" down(f(gate(x), up(x))), or "projection".
         params: weight names by role: up, gate, gate_up, down; "weight" for a projection.
         biases: bias names by the same roles, and learnable activation scalars as p0, p1, ...
-        activation: the elementwise expression between the matrices, e.g. "silu(gate) * up".
-        d_model: D, features of the block's input and output.
-        d_hidden: H, hidden neurons.
+        activation: the elementwise expression between the matrices, e.g. "silu(gate) * up"; "" for a
+            projection.
+        d_model: D, features of the block's input and output; of a projection's input.
+        d_hidden: H, hidden neurons; of a projection the features of its output.
         transposed: roles whose weight is stored [in, out] (GPT-2's Conv1D) instead of [out, in].
         halves: which of the two halves of gate_up comes first, e.g. ("gate", "up"); else empty.
+        interleaved: whether the halves alternate row by row instead of following one another.
         share: fraction of the model's multiply-adds spent in this site, 0..1 (0 if unmeasured).
         role: for projections "q", "k", "v", "o", "qk", "kv" or "qkv"; None otherwise.
         calls: how often one forward pass runs these weights.
@@ -49,6 +51,12 @@ class Site:
     share: float = 0.0
     role: str | None = None
     calls: int = 1
+    interleaved: bool = False
+
+    @property
+    def convertible(self) -> bool:
+        """Whether `convert` makes experts of it; projections are only reported so far."""
+        return self.kind != "projection"
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -64,11 +72,15 @@ class Miss:
         node: the graph node to blame.
         reason: what was seen there and what a site would need.
         where: module path and source line of that node, as far as the graph knows them.
+        weight: name of the linear's weight, "" where it has none.
+        share: fraction of the model's multiply-adds that the linear costs, 0..1 (0 if unmeasured).
     """
 
     node: Node
     reason: str
     where: str = ""
+    weight: str = ""
+    share: float = 0.0
 
     def __bool__(self) -> bool:
         return False

@@ -12,7 +12,7 @@ from torch.fx import Node
 from .attachment import State, set_tau, states
 from .capture import unwrap
 from .errors import BudgetError, CalibrationError, NoConversionError
-from .probe import Graph, arguments, flop_counter, insert_observer, probing
+from .probe import Graph, arguments, countable, flop_counter, insert_observer, probing
 from .rewriting import Rewritten, rewrite_captured, state_of
 
 TOLERANCE = 0.003  # of the budget's unit, a share of 1; below the noise of any real stream
@@ -81,7 +81,7 @@ class Measuring:
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
         """Run the graph as the backend would, uncompiled, and count its multiply-adds."""
-        found = [state_of(graph.captured, match, None) for match in graph.matches]
+        found = [state_of(match, None) for match in graph.matches]
         converted = tuple(i for i, state in enumerate(found) if state is not None)
         self._running = [state for state in found if state is not None]
         for state in self._running:
@@ -121,10 +121,12 @@ def _counting(graph: Graph, converted: tuple[int, ...]) -> Rewritten:
     """The graph with its converted matches rewritten, handing x and offsets to the observer."""
     rewritten = rewrite_captured(graph.captured, [graph.matches[i] for i in converted])
     for index, inserted in enumerate(rewritten.inserted):
-        x = inserted.output.args[0]
+        x, graph_of = inserted.output.args[0], inserted.output.graph
         assert isinstance(x, Node)
-        insert_observer(rewritten.gm.graph, inserted.output, index, x, inserted.offsets)
-    rewritten.gm.recompile()
+        insert_observer(graph_of, inserted.output, index, x, inserted.offsets)
+        assert graph_of.owning_module is not None
+        countable(graph_of.owning_module)
+    countable(rewritten.gm)
     return rewritten
 
 

@@ -8,13 +8,16 @@ from .config import Config
 from .errors import PlanError
 from .ir import Plan, Site
 
+MANY = 512  # experts, where only small ones divide: their router would cost more than they save
+
 
 def plan(site: Site, config: Config) -> Plan | str:
     """The split of a site, or the reason why it stays dense.
 
     With `config.experts` given it must divide the hidden size, else PlanError. Without, the expert
     size is the divisor of the hidden size nearest to `config.expert_size`, at most a factor of two
-    away, with at least two experts; blocks under four times that size get four experts or so.
+    away, with at least two experts; blocks under four times that size get four experts or so. A hidden
+    size without such a divisor, a prime for one, gets the largest below it, MANY experts at most.
     """
     hidden = site.d_hidden
     if config.experts is not None:
@@ -27,7 +30,9 @@ def plan(site: Site, config: Config) -> Plan | str:
             )
         return Plan(config.experts, hidden // config.experts, config.router_width)
     target = min(config.expert_size, max(1, hidden // 4))
-    fits = [f for f in _divisors(hidden) if target / 2 <= f <= 2 * target and f < hidden]
+    divisors = [f for f in _divisors(hidden) if f < hidden]
+    fits = [f for f in divisors if target / 2 <= f <= 2 * target]
+    fits = fits or [f for f in divisors if f < target and hidden // f <= MANY][-1:]
     if not fits:
         return f"its {hidden} hidden neurons have no divisor near the expert size {target}"
     size = min(fits, key=lambda f: (abs(math.log(f / target)), f))

@@ -41,26 +41,37 @@ class Graph:
 
     Attributes:
         gm: the graph as Dynamo made it.
-        captured, matches, misses: of the running call; Dynamo reuses graphs for other weights.
+        broken: why Dynamo ended the graph before the model's end, or "".
+        recompiled: whether the model had a graph of the same code before.
+        captured, found, misses: of the running call; Dynamo reuses graphs for other weights.
+        matches: those of `found` that are convertible.
     """
 
     captured: Captured
+    found: list[Match]
     matches: list[Match]
     misses: list[Miss]
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
+        why = getattr(gm, "compile_subgraph_reason", None)
+        self.broken = str(why.reason) if why is not None and why.graph_break else ""
+        frame = getattr(torch._guards.CompileContext.current_compile_id(), "frame_id", None)
+        frames: set[Any] = getattr(_current, "frames", set())
+        self.recompiled = frame in frames
+        frames.add(frame)
         self._variants: dict[Any, Any] = {}
 
     @contextmanager
     def bound(self, args: Sequence[Any], names: Mapping[int, str]) -> Iterator[None]:
         """Resolve parameters and names for one call, and let go of them after it."""
         self.captured = from_dynamo(self.gm, args, names)
-        self.matches, self.misses = match(self.captured)
+        self.found, self.misses = match(self.captured)
+        self.matches = [m for m in self.found if m.site.convertible]
         try:
             yield
         finally:
-            del self.captured, self.matches, self.misses
+            del self.captured, self.found, self.matches, self.misses
 
     def variant(self, key: Any, make: Callable[[], Any]) -> Any:
         """A derived graph, made on first use; structure does not depend on the weights."""
@@ -105,7 +116,10 @@ def probing(model: nn.Module, observer: Observer) -> Iterator[Callable[..., Any]
     """
     plain = unwrap(model)
     modes = [(module, module.training) for module in plain.modules()]
-    before = getattr(_current, "observer", None), getattr(_current, "names", {})
+    before: list[tuple[str, Any]] = [
+        (k, getattr(_current, k, v))
+        for k, v in (("observer", None), ("names", {}), ("frames", set()))
+    ]
     limits: dict[str, Any] = {
         "recompile_limit": RECOMPILE_LIMIT,
         "accumulated_recompile_limit": 1024,
@@ -115,15 +129,18 @@ def probing(model: nn.Module, observer: Observer) -> Iterator[Callable[..., Any]
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch._dynamo.config.patch(**limits))
         _current.observer, _current.names = observer, parameter_names(plain)
+        _current.frames = _FRAMES.setdefault(plain, set())
         try:
             plain.eval()
             yield _compiled(plain)
         finally:
             for module, mode in modes:
                 module.training = mode
-            _current.observer, _current.names = before
+            for key, value in before:
+                setattr(_current, key, value)
 
 
+_FRAMES: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
 _COMPILED: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
@@ -162,6 +179,22 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def countable(gm: GraphModule) -> None:
+    """Let flex attention in a graph run outside of the FLOP counter, which it fails under (torch 2.13).
+
+    Its two products are not counted; edits the graph in place.
+    """
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", "") == "flex_attention" and node.target is not _flex:
+            node.args, node.target = (node.target, *node.args), _flex
+    gm.recompile()
+
+
+def _flex(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.utils._python_dispatch._disable_current_modes():
+        return attention(*args, **kwargs)
 
 
 def flop_counter() -> FlopCounterMode:

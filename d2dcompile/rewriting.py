@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from .attachment import State, lookup, recognise, register
-from .capture import Captured, from_graph_module
+from .capture import Body, Captured, from_graph_module
 from .errors import ConversionMismatchError, NoConversionError
 from .ir import Conversion, Experts, Miss
-from .passes import RULES, Match, match_all
+from .passes import Match, match_all, rules
 from .passes.insert_moe import Inserted, insert_moe, operand_names
 from .passes.verify import verify
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def match(captured: Captured) -> tuple[list[Match], list[Miss]]:
     """The sites of a graph in execution order, and one miss for each linear outside of them."""
-    return match_all(captured, RULES)
+    return match_all(captured, *rules())
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,79 @@ class Rewritten:
 
 def rewrite_captured(captured: Captured, matches: Sequence[Match]) -> Rewritten:
     """Replace the given matches in a copy of the graph, operands as placeholders after all others."""
-    gm, where = captured.copy()
-    last = max((n for n in gm.graph.nodes if n.op == "placeholder"), key=list(gm.graph.nodes).index)
-    inserted = []
-    for index, found in enumerate(matches):
+
+    def placeholders(gm: GraphModule, index: int, found: Match) -> dict[str, Node]:
         operands: dict[str, Node] = {}
         for name in operand_names(found.site):
-            with gm.graph.inserting_after(last):
-                last = operands[name] = gm.graph.placeholder(f"d2d_{index}_{name}")
-            last._dynamo_source = None  # AOTAutograd asks every placeholder
-        inserted.append(insert_moe(gm.graph, found, operands, where.__getitem__))
-    gm.recompile()
+            operands[name] = add_placeholder(gm.graph, f"d2d_{index}_{name}")
+        return operands
+
+    gm, inserted = _replaced(captured, matches, placeholders)
     verify(gm, len(matches))
-    return Rewritten(gm, tuple(matches), tuple(inserted))
+    return Rewritten(gm, tuple(matches), tuple(inserted[id(found)] for found in matches))
+
+
+def _replaced(
+    captured: Captured,
+    matches: Sequence[Match],
+    operands_of: Callable[[GraphModule, int, Match], dict[str, Node]],
+) -> tuple[GraphModule, dict[int, Inserted]]:
+    """A copy of the graph with matches replaced, also in its bodies; what was inserted by match.
+
+    operands_of: makes the operand nodes of match number i at the start of the copied graph.
+    """
+    copies = captured.copies()
+    gm = copies[id(captured)][0]
+    inserted: dict[int, Inserted] = {}
+    for i, found in enumerate(matches):
+        operands = operands_of(gm, i, found)
+        for body in _path(captured, found):
+            operands = _passed(body, copies, operands)
+        own, where = copies[id(found.captured)]
+        inserted[id(found)] = insert_moe(own.graph, found, operands, where.__getitem__)
+    for copied, _ in copies.values():
+        copied.recompile()
+    return gm, inserted
+
+
+def _path(captured: Captured, found: Match) -> list[Body]:
+    """The bodies, from the outermost, that a match is inside of."""
+    path: list[Body] = []
+    while captured is not found.captured:
+        path.append(next(b for b in captured.bodies if b.captured.holds(found.captured)))
+        captured = path[-1].captured
+    return path
+
+
+def _passed(
+    body: Body,
+    copies: Mapping[int, tuple[GraphModule, dict[Node, Node]]],
+    operands: Mapping[str, Node],
+) -> dict[str, Node]:
+    """New placeholders of a body for the operands, which its call passes on."""
+    inner = copies[id(body.captured)][0]
+    call = next(where[body.call] for _, where in copies.values() if body.call in where)
+    call.args = (*call.args, *operands.values())
+    return {name: add_placeholder(inner.graph, node.name) for name, node in operands.items()}
+
+
+def add_placeholder(graph: Graph, name: str) -> Node:
+    """A new last placeholder of a graph."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    first = next(iter(graph.nodes))
+    with graph.inserting_after(last[0]) if last else graph.inserting_before(first):
+        node = graph.placeholder(name)
+    node._dynamo_source = None  # AOTAutograd asks every placeholder
+    return node
+
+
+def parameter_places(captured: Captured, found: Match) -> dict[str, int]:
+    """Which input of the outermost graph each of a match's parameters is, by role."""
+    index = {node: i for i, node in enumerate(captured.placeholders())}
+    nodes = found.roles()
+    for body in reversed(_path(captured, found)):
+        nodes = {role: body.outer[node] for role, node in nodes.items()}
+    return {role: index[node] for role, node in nodes.items()}
 
 
 def rewrite(
@@ -78,24 +138,23 @@ def rewrite(
     """
     captured = from_graph_module(graph_module, {}, example_inputs)
     matches, _ = match(captured)
-    pairs = [
-        (m, state) for m in matches if (state := state_of(captured, m, conversion)) is not None
-    ]
+    sites = [found for found in matches if found.site.convertible]
+    pairs = [(m, state) for m in sites if (state := state_of(m, conversion)) is not None]
     if not pairs:
         raise NoConversionError(
-            f"The graph has {len(matches)} convertible sites, none of which belongs to the conversion "
+            f"The graph has {len(sites)} convertible sites, none of which belongs to the conversion "
             f"of {', '.join(conversion.experts) or 'no sites'}. Pass the conversion made for this "
             "model's weights, or make one with convert(model, batches)."
         )
-    gm, where = captured.copy()
-    for found, state in pairs:
-        first = next(iter(gm.graph.nodes))
-        operands = {}
+
+    def buffers(gm: GraphModule, index: int, found: Match) -> dict[str, Node]:
+        state, operands = pairs[index][1], {}
         for name, value in zip(operand_names(state.site), state.operands(), strict=True):
-            with gm.graph.inserting_before(first if found is pairs[0][0] else where[found.root]):
+            with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
                 operands[name] = _constant(gm, state, name, value)
-        insert_moe(gm.graph, found, operands, where.__getitem__)
-    gm.recompile()
+        return operands
+
+    gm, _ = _replaced(captured, [found for found, _ in pairs], buffers)
     verify(gm, len(pairs))
     return gm
 
@@ -108,9 +167,11 @@ def _constant(gm: GraphModule, state: State, name: str, value: Tensor) -> Node:
     return gm.graph.get_attr(target)
 
 
-def state_of(captured: Captured, found: Match, conversion: Conversion | None) -> State | None:
+def state_of(found: Match, conversion: Conversion | None) -> State | None:
     """The state attached to a match's weights, or attached now from `conversion` by their hashes."""
-    weights = found.tensors(captured)
+    if not found.site.convertible:
+        return None
+    weights = found.tensors()
     state = lookup(weights["down"])
     if state is not None and state.owns(weights):
         return state

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from ..expr import MAX_LENGTH, Expr
+from ..expr import MAX_LENGTH, Expr, quiet
 from ..ir import Miss, Site
 from .base import Match
-from .canonicalize import (
+from .canonicalize import View
+from .decoys import not_a_block
+from .halves import Leaf
+from .inplace import changed_in_place
+from .linear import Linear
+from .names import (
     IDENTITIES,
     VIEWS,
-    Linear,
-    View,
     argument,
+    dtype_of,
     op_name,
     same_size,
     shape_of,
 )
-from .halves import Leaf
-from .inplace import changed_in_place
 from .region import Region
 
 
@@ -38,54 +41,73 @@ def _inactive_dropout(node: Node) -> bool:
     return op_name(node) == "dropout" and argument(node, 2, "training", True) is False
 
 
-def check(view: View, down: Linear, region: Region) -> Miss | None:
-    """The first reason why a region between linears is no feed-forward block, or None."""
+def check(view: View, down: Linear, region: Region, accept: Sequence[str] = ()) -> Miss | None:
+    """The first reason why a region between linears is no feed-forward block, or None.
+
+    accept: names of DECOYS that are taken for blocks.
+    """
     leaves = [leaf.linear for leaf in region.leaves.values()]
-    if view.autocast:
-        return Miss(
-            down.node, "runs under autocast, which changes dtypes that the graph does not show"
-        )
+    problem = _unreadable(view, down, leaves, region)
+    if problem is not None:
+        return problem
     if not region.expression.is_nonlinear():
         return Miss(down.node, "no nonlinearity between it and the linear before it")
+    if any(_is_low_rank(view, one, leaves) for one in leaves):
+        return Miss(
+            down.node, "a low-rank update (LoRA) is added to a linear before it: merge it first"
+        )
     if len({source(leaf.x) for leaf in leaves}) > 1:
         return Miss(down.node, "the linears before it read different inputs")
-    if view.captured.tensors.get(source(leaves[0].x)) is not None:
-        return Miss(down.node, "its input is a parameter or buffer, not a value of the call")
+    if source(leaves[0].x) not in view.runtime:
+        return Miss(down.node, "its input is the model's own state, not a value of the call")
     d_in = next((leaf.d_in for leaf in leaves if leaf.d_in != down.d_out), down.d_out)
     if d_in != down.d_out:
         return Miss(down.node, f"maps {d_in} features to {down.d_out}: a head, not a block")
     if not _same_rows(down, leaves, region):
         return Miss(down.node, "the leading dimensions change between the matrices")
-    if _is_gate(view, down.node):
-        return Miss(down.node, "only a sigmoid reads its output: a gate, not a block")
-    inside = {*region.nodes, down.node, *(leaf.node for leaf in leaves)}
-    for node in [*region.nodes, *(leaf.node for leaf in leaves)]:
+    problem = not_a_block(view, down, leaves[0], accept)
+    if problem is not None:
+        return problem
+    inside = {*region.nodes, *(n for ln in (down, *leaves) for n in (*ln.parts, ln.node))}
+    for node in inside - {down.node}:
         if any(user not in inside for user in view.users(node)):
             return Miss(node, "a hidden value is used outside of the block")
     return changed_in_place(view, (leaf.x for leaf in leaves), inside, down.node)
 
 
-def _is_gate(view: View, node: Node) -> bool:
-    """Whether a value only goes through a sigmoid, as in squeeze-and-excitation."""
-    users = list(view.users(node))
-    return bool(users) and all(
-        _is_gate(view, user)
-        if op_name(user) in (*IDENTITIES, *VIEWS)
-        else op_name(user) in ("sigmoid", "hardsigmoid")
-        for user in users
-    )
+def _is_low_rank(view: View, update: Linear, others: list[Linear]) -> bool:
+    """Whether `update` is B of B(A(x)), with x what the others read."""
+    inner = view.linears.get(source(update.x))
+    return inner is not None and source(inner.x) in {source(ln.x) for ln in others}
+
+
+def _unreadable(view: View, down: Linear, leaves: list[Linear], region: Region) -> Miss | None:
+    """Why the region is none that one expression over neurons can say, or None."""
+    if down.axis is None or any(leaf.axis != down.axis for leaf in leaves):
+        return Miss(down.node, "its matrices have features on different axes, or in groups")
+    if down.axis != -1 and region.reshaped is not None:
+        return Miss(region.reshaped, "hidden features are rearranged between the matrices")
+    if len(set(region.noise)) > 1:
+        return Miss(region.noise[0], "several active dropouts between the matrices")
+    if view.autocast and any(dtype_of(ln.node) is None for ln in (down, *leaves)):
+        return Miss(
+            down.node, "runs under autocast, which changes dtypes that the graph does not show"
+        )
+    return None
 
 
 def _same_rows(down: Linear, leaves: list[Linear], region: Region) -> bool:
-    """Whether all matrices see the same leading dimensions.
+    """Whether all matrices see the same rows, whatever their leading dimensions.
 
-    Where the graph carries no shapes: addmm and mm have one leading dimension, and without reshapes
-    in between it is the input's.
+    Reshapes in a region keep the feature axis whole, so the rows and their order stay the same. Where
+    the graph carries no shapes, addmm and mm have one leading dimension, and without reshapes in between
+    it is the input's.
     """
-    after = shape_of(down.node)
     shapes = [shape_of(leaf.x) for leaf in leaves]
-    if after is not None and None not in shapes:
-        return all(_same_lead(shape, after) for shape in shapes if shape is not None)
+    if shape_of(down.node) is not None and None not in shapes:
+        return all(_same_lead(shape, shapes[0]) for shape in shapes if shape and shapes[0])
+    if down.axis != -1:
+        return True  # convolutions of kernel 1 keep every axis but their features
     flat = all(op_name(linear.node) in ("addmm", "mm") for linear in (down, *leaves))
     same_x = len({leaf.x for leaf in leaves}) == 1
     return flat or (same_x and not any(op_name(node) in VIEWS for node in region.nodes))
@@ -108,35 +130,57 @@ def make(
     weights = {role: linear.weight for role, linear in linears.items()}
     biases = {f"{role}.bias": ln.bias for role, ln in linears.items() if ln.bias is not None}
     name = view.captured.name
-    activation = str(rename(region.expression, names))
-    if len(activation) > MAX_LENGTH:
-        return Miss(down.node, f"the activation takes {len(activation)} characters to write down")
+    expression = rename(region.expression, names)
+    if len(str(expression)) > MAX_LENGTH:
+        return Miss(
+            down.node, f"the activation takes {len(str(expression))} characters to write down"
+        )
+    owned = {key: node for key, node in region.scalars.items() if view.parameter(node) is not None}
+    fused = [leaf for leaf in region.leaves.values() if leaf.half is not None]
     site = Site(
         name=common_path([name(node) for node in weights.values()]),
         kind=kind,
         params={role: name(node) for role, node in weights.items()},
         biases={
             **{key.removesuffix(".bias"): name(node) for key, node in biases.items()},
-            **{key: name(node) for key, node in region.scalars.items()},
+            **{key: name(node) for key, node in owned.items()},
         },
-        activation=activation,
+        activation=str(quiet(expression)),
         d_model=down.d_out,
         d_hidden=down.d_in,
         transposed=tuple(role for role, linear in linears.items() if linear.transposed),
         halves=tuple(names[v] for v in sorted(names, key=lambda v: region.leaves[v].half or 0))
-        if "gate_up" in linears
+        if fused
         else (),
+        interleaved=any(leaf.interleaved for leaf in fused),
     )
-    x = next(iter(roles.values())).x
-    inside = {*region.nodes, *(linear.node for linear in linears.values())}
+    parts = {node for linear in linears.values() for node in (*linear.parts, linear.node)}
     return Match(
+        view.captured,
         site,
-        x,
+        next(iter(roles.values())).x,
         down.node,
-        {**weights, **biases, **region.scalars},
+        {**weights, **biases, **owned},
         tuple(linears.values()),
-        tuple(sorted(inside, key=view.order.__getitem__)),
+        tuple(sorted({*region.nodes, *parts}, key=view.order.__getitem__)),
+        str(expression),
+        tuple(region.scalars.values()),
+        region.noise[0] if region.noise else None,
+        _computed_in(view, down),
+        _reshaped(next(iter(roles.values())), down),
     )
+
+
+def _reshaped(up: Linear, down: Linear) -> bool:
+    """Whether the block's output has other leading dimensions than its input."""
+    before, after = shape_of(up.x), shape_of(down.node)
+    return before is not None and after is not None and not _same_lead(before, after)
+
+
+def _computed_in(view: View, down: Linear) -> torch.dtype | None:
+    """The dtype that autocast computes a block in, or None where that is its weights' own."""
+    computed, weight = dtype_of(down.node), view.parameter(down.weight)
+    return computed if weight is not None and computed != weight.dtype else None
 
 
 def rename(expression: Expr, names: Mapping[str, str]) -> Expr:

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from ..expr import OPERATORS
 from ..ir import Miss
-from .canonicalize import CASTS, TRANSPOSES, View, op_name
+from .canonicalize import View
+from .names import CASTS, TRANSPOSES, op_name
 
 _OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem")
 _ALIASING = (  # calls whose result may share memory with their first argument
@@ -43,6 +44,33 @@ def mutations(view: View) -> list[tuple[Node, Node]]:
         changes = ((node, changed_by(node)) for node in view.order)
         view.mutations = [(node, origin(value)) for node, value in changes if value is not None]
     return view.mutations
+
+
+WRITES = {  # calls that write a value into memory, and which argument that value is
+    "setitem": 2, "copy": 1, "index_copy": 3, "scatter": 3, "index_put": 2, "masked_scatter": 2,
+}  # fmt: skip
+
+
+def written(view: View, origin: Node) -> list[Node]:
+    """The values that are written in place into the memory which begins at `origin`."""
+    if view.writes is None:
+        view.writes = {}
+        for call, changed in mutations(view):
+            place = WRITES.get(op_name(call))
+            value = call.args[place] if place is not None and len(call.args) > place else None
+            value = call.kwargs.get("source", call.kwargs.get("src", value))
+            if isinstance(value, Node):
+                view.writes.setdefault(changed, []).append(value)
+    return view.writes.get(origin, [])
+
+
+def memory_of(view: View, call: Node, value: Node) -> Node | None:
+    """The memory into which a call writes `value` in place, or None."""
+    target = changed_by(call)
+    if target is None or op_name(call) not in WRITES:
+        return None
+    memory = origin(target)
+    return memory if value in written(view, memory) else None
 
 
 def changed_by(node: Node) -> Node | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import add, getitem
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,9 @@ from ..kernels.dispatch import dispatch
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 from .base import Match
-from .canonicalize import CASTS, SHAPE_ONLY, VIEWS, op_name
 from .halves import SPLITS
+from .linear import Linear
+from .names import CASTS, SHAPE_ONLY, VIEWS, argument, dtype_of, op_name
 
 _SHAPE_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "Size")
 SLABS = ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")
@@ -61,29 +63,87 @@ def insert_moe(
     node becomes the expert_mlp call, so that it stays the input of whatever is matched after it.
     Whoever reads the shape of a hidden value reads it from a stand-in without memory.
     """
-    root, x = at(match.root), at(match.x)
-    scalars = [at(match.weights[name]) for name in match.site.biases if _is_scalar(name)]
+    root = at(match.root)
+    scalars = [at(node) for node in match.scalars]
+    axis = match.linears[-1].axis
     with graph.inserting_before(root):
+        x, slabs = _inputs(graph, match, at(match.x), operands)
         hidden = graph.call_function(
-            F.relu, (graph.call_function(F.linear, (x, operands["router1"])),)
+            F.relu, (graph.call_function(F.linear, (x, slabs["router1"])),)
         )
         scores = graph.call_function(
-            torch.abs, (graph.call_function(F.linear, (hidden, operands["router2"])),)
+            torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
         )
         mask = graph.call_function(gate.overload, (scores, operands["tau"]))
         lists = graph.call_function(dispatch.overload, (mask,))
         tokens, offsets = (graph.call_function(getitem, (lists, i)) for i in (0, 1))
-    slabs = [operands.get(name) for name in SLABS]
-    root.op, root.target, root.kwargs = "call_function", expert_mlp.overload, {}
-    root.args = (x, tokens, offsets, *slabs, scalars, match.site.activation)
+        noise = _noise(graph, match, at) if match.noise is not None else None
+    args = (x, tokens, offsets, *map(slabs.get, SLABS), noise, scalars, match.activation)
     stand_ins = _StandIns(graph, match, at)
+    rows = stand_ins[match.linears[-1].x] if match.reshaped else None
+    output = _output(graph, root, args, axis, rows)
     for node in reversed(match.inside[:-1]):
         for user in list(at(node).users):
             _erase_shape_reader(graph, user)
         for user in list(at(node).users):
             user.replace_input_with(at(node), stand_ins[node])
         graph.erase_node(at(node))
-    return Inserted(scores, mask, offsets, root)
+    return Inserted(scores, mask, offsets, output)
+
+
+def _inputs(
+    graph: Graph, match: Match, x: Node, operands: Mapping[str, Node]
+) -> tuple[Node, dict[str, Node]]:
+    """x with features last, and the operands, in the dtype that autocast computes the block in."""
+    axis, slabs = match.linears[-1].axis, dict(operands)
+    if axis not in (None, -1):
+        x = graph.call_function(torch.movedim, (x, axis, -1))
+    if match.dtype is not None:
+        x = graph.call_method("to", (x, match.dtype))
+        for name in [name for name in slabs if name != "tau"]:
+            slabs[name] = graph.call_method("to", (slabs[name], match.dtype))
+    return x, slabs
+
+
+def _output(
+    graph: Graph, root: Node, args: tuple[Any, ...], axis: int | None, rows: Node | None
+) -> Node:
+    """Let the block's last node compute the experts' output; returns the expert_mlp call.
+
+    rows: a node with the leading dimensions of the output, where they are not those of the input.
+    """
+    if axis == -1 and rows is None:
+        root.op, root.target, root.kwargs, root.args = (
+            "call_function",
+            expert_mlp.overload,
+            {},
+            args,
+        )
+        return root
+    with graph.inserting_before(root):
+        output = graph.call_function(expert_mlp.overload, args)
+        if rows is not None:
+            size = graph.call_method("size", (rows,))
+            lead = graph.call_function(getitem, (size, slice(None, -1)))
+            shape = graph.call_function(add, (lead, (-1,)))
+    root.op, root.kwargs = "call_function", {}
+    root.target, root.args = torch.movedim, (output, -1, axis)
+    if rows is not None:
+        root.target, root.args = torch.reshape, (output, shape)
+    return output
+
+
+def _noise(graph: Graph, match: Match, at: Callable[[Node], Node]) -> Node:
+    """What active dropout multiplies by, [..., H]: drawn as the dense block draws it, in its order."""
+    call, down = match.noise, match.linears[-1]
+    assert call is not None
+    dtype = dtype_of(call)
+    shape = _StandIns(graph, match, at)[call]
+    ones = graph.call_method("new_ones", (shape, ()), {} if dtype is None else {"dtype": dtype})
+    full = graph.call_method("expand_as", (ones, shape))
+    p = argument(call, 1, "p", 0.5)
+    noise = graph.call_function(F.dropout, (full, p, True))
+    return noise if down.axis == -1 else graph.call_function(torch.movedim, (noise, down.axis, -1))
 
 
 def _erase_shape_reader(graph: Graph, node: Node) -> None:
@@ -105,17 +165,19 @@ class _StandIns(dict[Node, Node]):
     def __init__(self, graph: Graph, match: Match, at: Callable[[Node], Node]) -> None:
         super().__init__()
         self.graph, self.at = graph, at
-        self.linears = {linear.node: linear for linear in match.linears[:-1]}
+        self.linears = {
+            node: linear for linear in match.linears[:-1] for node in (*linear.parts, linear.node)
+        }
         self.inside = set(match.inside)
 
     def __missing__(self, node: Node) -> Node:
         linear = self.linears.get(node)
         if linear is not None:
-            made = self._expanded(self.at(linear.x), linear.d_out, self.at(node))
+            made = self._expanded(self.at(linear.x), linear, self.at(node))
         else:
             before = next(arg for arg in node.all_input_nodes if self._is_hidden(arg))
             made = self[before]
-            if op_name(node) in (*VIEWS, *CASTS, *SPLITS, "getitem", "slice"):
+            if op_name(node) in (*VIEWS, *CASTS, *SPLITS, "getitem", "slice", "select"):
                 with self.graph.inserting_before(self.at(node)):
                     made = self.graph.node_copy(self.at(node))
                 made.replace_input_with(self.at(before), self[before])
@@ -128,15 +190,15 @@ class _StandIns(dict[Node, Node]):
             return True
         return node in self.inside and any(map(self._is_hidden, node.all_input_nodes))
 
-    def _expanded(self, x: Node, width: int, before: Node) -> Node:
-        """x.new_empty(()).expand(*x.shape[:-1], width)"""
+    def _expanded(self, x: Node, linear: Linear, before: Node) -> Node:
+        """x.new_empty(()).expand(*x.shape[:-1], d_out), or the same along another axis."""
+        axis = linear.axis or -1
         with self.graph.inserting_before(before):
             size = self.graph.call_method("size", (x,))
-            lead = self.graph.call_function(getitem, (size, slice(None, -1)))
-            shape = self.graph.call_function(add, (lead, (width,)))
+            lead = self.graph.call_function(getitem, (size, slice(None, axis)))
+            shape = self.graph.call_function(add, (lead, (linear.d_out,)))
+            if axis != -1:
+                rest = self.graph.call_function(getitem, (size, slice(axis + 1, None)))
+                shape = self.graph.call_function(add, (shape, rest))
             element = self.graph.call_method("new_empty", (x, ()))
             return self.graph.call_method("expand", (element, shape))
-
-
-def _is_scalar(name: str) -> bool:
-    return name[:1] == "p" and name[1:].isdigit()

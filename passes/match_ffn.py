@@ -6,17 +6,26 @@
 act is any elementwise expression of h; biases are optional.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from ..ir import Miss
 from .base import Match, Unfit
 from .block import check, make, whole
-from .canonicalize import Linear, View
+from .canonicalize import View
+from .linear import Linear
 from .region import walk
 
 
+@dataclass(frozen=True)
 class MatchFFN:
-    """Rule for blocks with one linear before the activation."""
+    """Rule for blocks with one linear before the activation.
 
-    kind = "ffn"
+    accept: decoys (see `passes.decoys`) that this rule takes for blocks, e.g. ("adapter",).
+    """
+
+    accept: tuple[str, ...] = ()
+    kind: ClassVar[str] = "ffn"
 
     def match(self, view: View, down: Linear) -> Match | Miss:
         """The block whose last linear is `down`, or why there is none."""
@@ -34,7 +43,7 @@ class MatchFFN:
             return Miss(
                 down.node, f"its {down.d_in} inputs are not the {leaf.linear.d_out} hidden ones"
             )
-        problem = check(view, down, region)
+        problem = check(view, down, region, self.accept)
         if problem is not None:
             return problem
         return make(view, self.kind, down, region, {"up": leaf.linear}, {"v0": "up"})

@@ -7,17 +7,26 @@
 The gate is the operand under the nonlinearity; where both or neither are, the one computed first.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from ..ir import Miss
 from .base import Match, Unfit
 from .block import check, make, whole
-from .canonicalize import Linear, View
+from .canonicalize import View
+from .linear import Linear
 from .region import Region, walk
 
 
+@dataclass(frozen=True)
 class MatchGLU:
-    """Rule for blocks with two linears, or one fused linear, before the activation."""
+    """Rule for blocks with two linears, or one fused linear, before the activation.
 
-    kind = "glu"
+    accept: decoys (see `passes.decoys`) that this rule takes for blocks, e.g. ("adapter",).
+    """
+
+    accept: tuple[str, ...] = ()
+    kind: ClassVar[str] = "glu"
 
     def match(self, view: View, down: Linear) -> Match | Miss:
         """The block whose last linear is `down`, or why there is none."""
@@ -43,7 +52,7 @@ class MatchGLU:
             return Miss(
                 down.node, f"gate, up and down disagree on the hidden size: {sorted(sizes)}"
             )
-        problem = check(view, down, region)
+        problem = check(view, down, region, self.accept)
         if problem is not None:
             return problem
         return make(view, self.kind, down, region, roles, names)

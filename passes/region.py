@@ -12,25 +12,26 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.fx import Node
 
 from ..errors import ExpressionError
 from ..expr import MAX_DEPTH, MAX_SIZE, OPERATORS, Expr, const, var
 from ..ir import Miss
-from .canonicalize import (
+from .canonicalize import View
+from .halves import Leaf, Refuse, both_halves, half_of
+from .linear import Linear
+from .names import (
     CASTS,
     IDENTITIES,
+    NORMS,
     VIEWS,
-    Linear,
-    View,
     argument,
     dtype_of,
     op_name,
     same_size,
     shape_of,
 )
-from .halves import Leaf, Refuse, both_halves, half_of
 
 
 @dataclass
@@ -39,7 +40,10 @@ class Region:
 
     Attributes:
         expression: over variables named v0, v1, ... and activation scalars p0, p1, ...
-        leaves: variable name -> Leaf;  scalars: scalar name -> its parameter node.
+        leaves: variable name -> Leaf.
+        scalars: scalar name -> its node, a parameter or a buffer.
+        noise: calls of active dropout between the matrices, each the variable "noise".
+        reshaped: a call that changes the shape between the matrices, or None.
         nodes: calls inside the region, leaves not included.
     """
 
@@ -47,6 +51,8 @@ class Region:
     leaves: dict[str, Leaf] = field(default_factory=dict)
     scalars: dict[str, Node] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
+    noise: list[Node] = field(default_factory=list)
+    reshaped: Node | None = None
 
 
 def walk(view: View, down: Linear) -> Region | Miss:
@@ -98,21 +104,26 @@ class _Walker:
         if node in self.view.linears:
             return self._leaf(Leaf(self.view.linears[node]))
         scalar = self.view.parameter(node)
-        if scalar is not None:
-            return self._scalar(node, scalar)
-        half = half_of(self.view, node)
+        if scalar is not None and tuple(scalar.shape) not in ((), (1,)):
+            shape = list(scalar.shape)
+            raise Refuse(
+                node, f"the activation has a parameter of shape {shape}; [] or [1] expected"
+            )
+        half = half_of(self.view.linears, node)
         if half is not None:
             self.region.nodes += half[1]
             return self._leaf(half[0])
         number = self.view.constant(node)
         if number is not None:
             return self.visit(number, node)
+        if scalar is not None or self.view.scalar(node):
+            return self._scalar(node)
         name = op_name(node)
         self.region.nodes.append(node)
         if _is_zeros(node):
             return const(0.0)
         if node in self.view.captured.tensors:
-            raise Refuse(node, "the activation reads a buffer; numbers and parameters are expected")
+            raise Refuse(node, "the activation reads a tensor that is not one number")
         if name in IDENTITIES:
             return self.visit(node.args[0])
         if name in ("dropout", "native_dropout", "feature_dropout"):
@@ -122,14 +133,23 @@ class _Walker:
         if name in CASTS:
             return self._cast(node)
         if name == "glu":
-            first, second = (self._leaf(leaf) for leaf in both_halves(self.view, node))
+            first, second = (self._leaf(leaf) for leaf in both_halves(self.view.linears, node))
             return Expr("mul", (first, Expr("sigmoid", (second,))))
-        if name in OPERATORS or name == "rsub":
+        if name in OPERATORS or name in ("rsub", "clamp_max"):
             return self._operator(node, name)
+        if name in NORMS and node.args and self._is_region(node.args[0]):
+            raise Refuse(node, f"{name} between the matrices: hidden values depend on one another")
         label = name or f"a {node.op}"
         raise Refuse(
             node, f"its input comes from {label}, not from an activation of a linear layer"
         )
+
+    def _is_region(self, node: Any) -> bool:
+        """Whether a value is elementwise in linears, so that what reads it stands between matrices."""
+        try:
+            return bool(self.visit(node).neurons())
+        except Refuse:
+            return False
 
     def _leaf(self, leaf: Leaf) -> Expr:
         for name, known in self.region.leaves.items():
@@ -139,22 +159,19 @@ class _Walker:
         self.region.leaves[name] = leaf
         return var(name)
 
-    def _scalar(self, node: Node, value: Tensor) -> Expr:
-        if value.shape not in ((), (1,)):
-            shape = list(value.shape)
-            raise Refuse(
-                node, f"the activation has a parameter of shape {shape}; [] or [1] expected"
-            )
+    def _scalar(self, node: Node) -> Expr:
         name = f"p{len(self.region.scalars)}"
         self.region.scalars[name] = node
         return var(name)
 
     def _dropout(self, node: Node) -> Expr:
+        """Inactive dropout is nothing; active dropout multiplies by noise, drawn once per call."""
         training = argument(node, 2, "training", argument(node, 2, "train", True))
         if training and argument(node, 1, "p", 0.5) != 0:
-            raise Refuse(
-                node, "dropout between the matrices is active; expected eval mode or p = 0"
-            )
+            if op_name(node) != "dropout":
+                raise Refuse(node, f"active {op_name(node)} between the matrices")
+            self.region.noise.append(node)
+            return Expr("mul", (self.visit(node.args[0]), var("noise")))
         return self.visit(node.args[0])
 
     def _reshape(self, node: Node) -> Expr:
@@ -169,6 +186,8 @@ class _Walker:
             keeps = bool(before and after) and same_size(before[-1], after[-1])
         if not keeps:
             raise Refuse(node, "hidden features are rearranged between the matrices")
+        if before != after:
+            self.region.reshaped = node
         return self.visit(source)
 
     def _cast(self, node: Node) -> Expr:
@@ -190,14 +209,42 @@ class _Walker:
             args.insert(0, node.kwargs["input"])
         if name == "rsub":
             name, args = "sub", args[::-1]
+        if name == "clamp_max":
+            name, args = "clamp", [args[0], None, *args[1:]]
         known = OPERATORS[name]
+        if name == "clamp" and any(isinstance(bound, Node) for bound in _bounds(node, args)):
+            return self._between(node, args)
         if len(args) < known.tensors:
             raise Refuse(node, f"{name} of one argument is a reduction, not elementwise")
         tensors = tuple(self.visit(arg, node) for arg in args[: known.tensors])
+        tensors = self._promoted(node, name, args[: known.tensors], tensors)
         params = self._params(node, name, args[known.tensors :])
         if name in ("maximum", "minimum"):
             return _extreme(name, tensors)
         return Expr(name, tensors, params)
+
+    def _between(self, node: Node, args: list[Any]) -> Expr:
+        """A clamp whose bounds are scalars of the model, not numbers in its code."""
+        value = self.visit(args[0])
+        for name, bound in zip(("maximum", "minimum"), _bounds(node, args), strict=True):
+            if bound is not None:
+                value = _extreme(name, (value, self.visit(bound, node)))
+        return value
+
+    def _promoted(
+        self, node: Node, name: str, args: list[Any], tensors: tuple[Expr, ...]
+    ) -> tuple[Expr, ...]:
+        """The operands in the dtype that autocast computes this operator in, where it widens it."""
+        after = dtype_of(node)
+        known = [dtype_of(arg) for arg in args if isinstance(arg, Node)]
+        wide = (torch.float32, torch.float64)
+        if after not in wide or not known or any(d in (None, *wide) for d in known):
+            return tensors
+        dtype = (("dtype", str(after).removeprefix("torch.")),)
+        return tuple(
+            Expr("cast", (t,), dtype) if isinstance(a, Node) else t
+            for a, t in zip(args, tensors, strict=True)
+        )
 
     def _params(self, node: Node, name: str, rest: list[Any]) -> tuple[tuple[str, Any], ...]:
         """Named parameters that differ from their defaults; a trailing `inplace` is dropped."""
@@ -226,6 +273,12 @@ class _Walker:
             if value != default:
                 kept.append((key, value))
         return tuple(kept)
+
+
+def _bounds(node: Node, args: list[Any]) -> tuple[Any, Any]:
+    """The lower and upper bound of a clamp, None where there is none."""
+    low, high = (*args[1:], None, None)[:2]
+    return node.kwargs.get("min", low), node.kwargs.get("max", high)
 
 
 def _is_zeros(node: Node) -> bool:

@@ -6,11 +6,12 @@ whose scores are never negative (they come from abs); nothing reads a value befo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import getitem
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..errors import VerifyError
 from ..kernels.dispatch import dispatch
@@ -20,11 +21,13 @@ from ..kernels.gate import gate
 
 def verify(gm: GraphModule, expected: int) -> None:
     """Raise VerifyError unless the graph is well formed and holds `expected` converted sites."""
+    graphs = list(_graphs(gm))
     try:
-        gm.graph.lint()
+        for graph in graphs:
+            graph.lint()
     except RuntimeError as error:
         raise VerifyError(f"The rewritten graph is not well formed: {error}") from error
-    blocks = [node for node in gm.graph.nodes if node.target is expert_mlp.overload]
+    blocks = [node for g in graphs for node in g.nodes if node.target is expert_mlp.overload]
     if len(blocks) != expected:
         raise VerifyError(
             f"{len(blocks)} expert_mlp nodes in the rewritten graph; expected {expected}."
@@ -37,6 +40,15 @@ def verify(gm: GraphModule, expected: int) -> None:
         scores = _from(_from(_from(lists, dispatch.overload), gate.overload), torch.abs)
         if scores is None:
             raise VerifyError(f"{block.name} is not fed by abs -> gate -> dispatch.")
+
+
+def _graphs(gm: GraphModule) -> Iterator[Graph]:
+    """The graph of a module, and the bodies that its calls run."""
+    yield gm.graph
+    for node in gm.graph.nodes:
+        body = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(body, GraphModule):
+            yield from _graphs(body)
 
 
 def _from(node: Any, target: Any) -> Any:

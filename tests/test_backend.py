@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import d2dcompile as d2d
 from d2dcompile import backend as backend_module
@@ -386,10 +387,83 @@ def test_casting_and_moving_keeps_the_conversion_and_tau() -> None:
 
 def test_converted_sites_that_do_not_match_are_named_in_a_warning() -> None:
     model, x = converted(1), torch.randn(4, 16)
+    kept: list[torch.Tensor] = []
+    model.blocks[0].up.register_forward_hook(lambda module, args, hidden: kept.append(hidden))
     fast = compiled(model)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         with pytest.warns(
-            DenseFallbackWarning, match=r"'blocks\.0' is converted but runs dense.*autocast"
+            DenseFallbackWarning, match=r"'blocks\.0' is converted but runs dense.*hidden value"
         ):
             result = fast(x)
         assert torch.equal(result, model(x))
+
+
+class Autocast(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_runs_experts_in_its_dtype(inside: bool, inner: str, experts: Counter) -> None:
+    """Entered inside of the graph or around the call; experts run as exactly as dense does."""
+    plain = converted(2)
+    model = Autocast(plain) if inside else plain
+    fast = compiled(model, inner=inner)
+    x = torch.randn(9, 16)
+    exact = copy.deepcopy(plain).double()(x.double())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        dense, found = model(x), fast(x)
+    assert experts.calls == 2 and found.dtype == dense.dtype
+    assert testing.error_ratio(found, dense, exact) <= 2
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_active_dropout_between_the_matrices_is_drawn_as_dense_draws_it(inner: str) -> None:
+    """In training mode the same seed gives the same output and gradients as the dense model."""
+
+    def act(h: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(torch.relu(h), 0.5, training=True)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(testing.FFN(act=act), testing.FFN(act=act)).double().train()
+    d2d.convert(model, [torch.randn(64, 16).double()], QUICK, progress=False)
+    fast = compiled(model, inner=inner)
+    x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+    results = []
+    patch = {"fallback_random": True} if inner == "inductor" else {}
+    with torch._inductor.config.patch(patch):
+        for run in (model, fast):
+            torch.manual_seed(1)
+            y = run(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])))
+    for found, expected in zip(*reversed(results), strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-11)
+    assert not torch.equal(model(x), model(x)), "the dropout does nothing"
+
+
+def test_blocks_in_an_activation_checkpoint_run_as_experts_and_train(experts: Counter) -> None:
+    class Checkpointed(testing.Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+    model = Checkpointed(2).double()
+    d2d.convert(model, [torch.randn(64, 16).double()], QUICK, progress=False)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    for inner in ("eager", "aot_eager", "inductor"):
+        torch._dynamo.reset()
+        fast = compiled(model, inner=inner)
+        before = experts.calls
+        y = fast(x)
+        assert experts.calls == before + 2
+        found = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        for f, e in zip(found, expected, strict=True):
+            assert torch.allclose(f, e, rtol=0, atol=1e-10)

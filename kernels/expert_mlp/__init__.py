@@ -5,6 +5,7 @@
 x [..., D]   w_up, w_gate, w_down [H, D], neuron-major: expert e owns rows e F to (e + 1) F, F = H / E
 b_up, b_gate [H]   b_down [D]   tokens, offsets: see dispatch, S(t) = experts whose list holds t
 activation: text of f over up, gate and the scalars p0, p1, ... (d2dcompile.expr)   y [..., D]
+noise: [..., H], what active dropout multiplies by: the variable "noise" of the text, without gradient
 
 Each expert's product is rounded to w_down's dtype, the sum over experts is kept in fp32 (fp64 for
 fp64 weights) and added in expert order: the same input gives the same bits. With every expert chosen
@@ -22,7 +23,7 @@ from ...expr import function
 from ..base import op
 
 
-@op(version=1)
+@op(version=2)
 def expert_mlp(
     x: Tensor,
     tokens: Tensor,
@@ -33,6 +34,7 @@ def expert_mlp(
     b_up: Tensor | None,
     b_gate: Tensor | None,
     b_down: Tensor | None,
+    noise: Tensor | None,
     scalars: list[Tensor],
     activation: str,
 ) -> Tensor:
@@ -41,9 +43,9 @@ def expert_mlp(
     wide = torch.float64 if w_down.dtype == torch.float64 else torch.float32
     y = rows.new_zeros(len(rows), w_down.shape[1], dtype=wide)
     for t, own in owned(tokens, offsets, w_up.shape[0]):
-        hidden = hidden_of(
-            rows.index_select(0, t), own, w_up, w_gate, b_up, b_gate, scalars, activation
-        )
+        values = inputs_of(rows.index_select(0, t), own, w_up, w_gate, b_up, b_gate, scalars)
+        values.update(noise_of(noise, t, own))
+        hidden = function(activation)(values)
         y.index_add_(0, t, (hidden.to(w_down.dtype) @ w_down[own]).to(wide))
     if b_down is not None:
         y += b_down
@@ -61,18 +63,11 @@ def owned(tokens: Tensor, offsets: Tensor, neurons: int) -> list[tuple[Tensor, s
     ]
 
 
-def hidden_of(
-    rows: Tensor,
-    own: slice,
-    w_up: Tensor,
-    w_gate: Tensor | None,
-    b_up: Tensor | None,
-    b_gate: Tensor | None,
-    scalars: list[Tensor],
-    activation: str,
-) -> Tensor:
-    """One expert's hidden values f(g, u), [n, F], for its rows [n, D]."""
-    return function(activation)(inputs_of(rows, own, w_up, w_gate, b_up, b_gate, scalars))
+def noise_of(noise: Tensor | None, t: Tensor, own: slice) -> dict[str, Tensor]:
+    """The activation's variable "noise" for one expert's tokens t [n], [n, F], if there is any."""
+    if noise is None:
+        return {}
+    return {"noise": noise.reshape(-1, noise.shape[-1])[:, own].index_select(0, t)}
 
 
 def inputs_of(

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...expr import vjp
 from ..base import op
-from . import expert_mlp, inputs_of, owned, pairs
+from . import expert_mlp, inputs_of, noise_of, owned, pairs
 
 
-@op(version=1)
+@op(version=2)
 def expert_mlp_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -29,6 +29,7 @@ def expert_mlp_backward(
     b_up: Tensor | None,
     b_gate: Tensor | None,
     b_down: Tensor | None,
+    noise: Tensor | None,
     scalars: list[Tensor],
     activation: str,
 ) -> list[Tensor]:
@@ -42,6 +43,7 @@ def expert_mlp_backward(
     for t, own in owned(tokens, offsets, w_up.shape[0]):
         xt, gt = rows.index_select(0, t), grads.index_select(0, t).to(w_down.dtype)
         values = inputs_of(xt, own, w_up, w_gate, b_up, b_gate, scalars)
+        values.update(noise_of(noise, t, own))
         hidden, slopes = vjp(activation, values, _through(gt, w_down[own]))
         weights[2][own] += hidden.to(gt.dtype).t() @ gt
         gated = () if w_gate is None else (("gate", 1, w_gate),)
@@ -78,6 +80,7 @@ def _(
     b_up: Tensor | None,
     b_gate: Tensor | None,
     b_down: Tensor | None,
+    noise: Tensor | None,
     scalars: list[Tensor],
     activation: str,
 ) -> list[Tensor]:
@@ -120,11 +123,11 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         g if g.numel() or o is not None else None
         for g, o in zip(found, _operands(tensors, scalars), strict=True)
     )
-    return x, None, None, *rest[:6], list(rest[6:]), None
+    return x, None, None, *rest[:6], None, list(rest[6:]), None
 
 
 def _operands(tensors: tuple[Any, ...], scalars: list[Tensor]) -> list[Any]:
-    x, _tokens, _offsets, *weights = tensors
+    x, _tokens, _offsets, *weights, _noise = tensors
     return [x, *weights, *scalars]
 
 

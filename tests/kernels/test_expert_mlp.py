@@ -60,7 +60,7 @@ class Block:
 
     def arguments(self):
         x, *weights = (self.tensors[name] for name in NAMES)
-        return (x, *dispatch(self.mask), *weights, self.scalars, self.activation)
+        return (x, *dispatch(self.mask), *weights, None, self.scalars, self.activation)
 
     def run(self):
         return expert_mlp(*self.arguments())

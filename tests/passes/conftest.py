@@ -27,7 +27,11 @@ class Traced:
     args: Sequence[Any]
 
     def matches(self) -> list[Match]:
-        return rewriting.match(self.captured)[0]
+        """Blocks; projections are in `projections`."""
+        return [m for m in rewriting.match(self.captured)[0] if m.site.convertible]
+
+    def projections(self) -> list[Match]:
+        return [m for m in rewriting.match(self.captured)[0] if not m.site.convertible]
 
     def reasons(self) -> set[str]:
         return {miss.reason for miss in rewriting.match(self.captured)[1]}
@@ -39,7 +43,7 @@ class Traced:
             return lambda: gm(*self.args)
         matches = self.matches()
         done = rewriting.rewrite_captured(self.captured, matches)
-        states = [rewriting.state_of(self.captured, found, conversion) for found in matches]
+        states = [rewriting.state_of(found, conversion) for found in matches]
         operands = [tensor for state in states for tensor in state.operands()]
         return lambda: done.gm.forward(*self.args, *operands)[0]
 
@@ -80,7 +84,7 @@ def _conversion(traced: Traced, experts: int = 4) -> Conversion:
     """Random permutation and router for every site; tau 0. Nothing is attached yet."""
     made: dict[str, Experts] = {}
     for found in traced.matches():
-        site, weights = found.site, found.tensors(traced.captured)
+        site, weights = found.site, found.tensors()
         order = torch.randperm(site.d_hidden)
         hashes = attachment.hashes_of(site, weights, order)
         router1, router2 = torch.randn(8, site.d_model), torch.randn(experts, 8)

@@ -486,6 +486,8 @@ def test_two_blocks_per_layer_beside_attention(how: str, trace, convert_by_hand)
         traced = trace(model, x, how)
         names = [m.site.name for m in traced.matches()]
         assert names == ["0.fc1", "0.gate", "1.fc1", "1.gate"]
+        projections = [(m.site.name, m.site.role) for m in traced.projections()]
+        assert projections == [(f"{i}.{role}", role) for i in (0, 1) for role in "qkvo"]
         expected = model(x)
         assert torch.allclose(
             traced.rewritten(convert_by_hand(traced))(), expected, rtol=0, atol=1e-12
