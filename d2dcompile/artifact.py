@@ -252,7 +252,7 @@ def _experts(item: Any, tensors: dict[str, Tensor]) -> Experts:
 
 
 def _site(value: Any) -> Site:
-    value = _strings(value, "site")
+    value = {"interleaved": False, **_strings(value, "site")}  # older files lack it
     _keys(value, tuple(field.name for field in fields(Site)), "a site")
     kind = value["kind"]
     texts = ("name", "kind", "activation")
@@ -277,6 +277,8 @@ def _site(value: Any) -> Site:
     halves = ["gate", "up"] if "gate_up" in roles else []
     if not set(value["transposed"]) <= roles or sorted(value["halves"]) != halves:
         raise ArtifactError(f"{JSON_NAME}: transposed or halves of {value['name']!r} do not fit.")
+    if not isinstance(value["interleaved"], bool):
+        raise ArtifactError(f"{JSON_NAME}: interleaved of {value['name']!r} is no boolean.")
     share = value["share"]
     if type(share) not in (int, float) or not 0 <= share <= 1 or value["role"] not in PARTS:
         raise ArtifactError(f"{JSON_NAME}: share or role of {value['name']!r} is out of range.")
@@ -286,9 +288,14 @@ def _site(value: Any) -> Site:
 
 
 def _activation(text: str, variables: set[str]) -> None:
-    """Refuse a text that is no elementwise function of exactly these variables; a tiny trial run."""
+    """Refuse a text that is no elementwise function of these variables; a tiny trial run.
+
+    It may read further scalars p0, p1, ...: buffers, which a graph passes to the experts itself.
+    """
     try:
-        missing = variables ^ parse(text).variables()
+        found = parse(text).variables()
+        variables = variables | {name for name in found if re.fullmatch(r"p[0-9]+", name)}
+        missing = variables ^ found
         if missing:
             raise ArtifactError(f"{JSON_NAME}: {text!r} and its site differ in {sorted(missing)}.")
         function(text)({name: torch.ones(2, 3) for name in variables})

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .capture import Captured
+from .capture import Captured, parameter_names, unwrap
 from .ir import Miss, Site
 from .passes import Match
 from .passes.canonicalize import View
 from .passes.names import op_name
 from .passes.reach import TRANSPARENT
 from .probe import Graph, countable, flop_counter, insert_observer, probing
+
+UNSEEN = "in no captured graph: this call does not run it, or Dynamo skips the code that does"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Report:
             f"{len(self.breaks)} graph break(s), {self.recompiles} recompilation(s)."
         )
         lines += [f"  graph break: {reason}" for reason in self.breaks]
-        lines += [f"  {m.share:>6.1%}  {m.where or m.node.name}: {m.reason}" for m in self.misses]
+        lines += [f"  {m.share:>6.1%}  {m.where or m.node}: {m.reason}" for m in self.misses]
         return "\n".join(lines)
 
 
@@ -134,6 +136,7 @@ class Explaining:
         self.recompiles = 0
         self.breaks: list[str] = []
         self.linears: list[Counted] = []
+        self.weights: set[str] = set()
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
         """Record one graph and run it."""
@@ -143,11 +146,13 @@ class Explaining:
         for found in graph.found:
             self.sites.setdefault(tuple(found.site.params.values()), found.site)
         self.linears = list(_linears(graph.captured, graph.found))
+        self.weights |= {linear.weight for linear in self.linears}
+        self.weights |= {miss.weight for miss in graph.misses}
         after = graph.broken.splitlines()[0].strip() if graph.broken else ""
         leaving = {linear.weight for linear in self.linears if after and _leaves(linear.node)}
         for miss in graph.misses:
             named = _at_break(miss, before, after if miss.weight in leaving else "")
-            self.misses.setdefault((miss.where or miss.node.name, named.reason), named)
+            self.misses.setdefault((miss.where or str(miss.node), named.reason), named)
         counting = graph.variant("counting", lambda: _counting(graph, self.linears))
         with flop_counter() as counter:
             result = counting.forward(*args)
@@ -162,8 +167,11 @@ class Explaining:
         done = x.numel() * linear.d_out
         self.counts[linear.weight] = self.counts.get(linear.weight, 0) + done
 
-    def report(self) -> Report:
-        """The report of everything seen."""
+    def report(self, model: nn.Module) -> Report:
+        """The report of everything seen, and of the model's linear modules that were not."""
+        for name in _linear_modules(model):
+            if not any(name == weight for weight in self.weights):
+                self.misses[name, UNSEEN] = Miss(None, UNSEEN, name.removesuffix(".weight"), name)
 
         def share(*weights: str) -> float:
             return sum(self.counts.get(w, 0) for w in set(weights)) / max(self.macs, 1)
@@ -185,7 +193,7 @@ def _at_break(miss: Miss, before: str, after: str) -> Miss:
     """A miss at the edge of a graph is the fault of the graph break there."""
     if after:
         return replace(miss, reason=f"the graph breaks between it and what reads it: {after}")
-    if before and miss.node.op == "placeholder":
+    if before and miss.node is not None and miss.node.op == "placeholder":
         return replace(miss, reason=f"the graph breaks between it and what feeds it: {before}")
     return miss
 
@@ -203,8 +211,16 @@ def _leaves(node: Node) -> bool:
     return False
 
 
+def _linear_modules(model: nn.Module) -> list[str]:
+    """Names of the weights of linear modules; of tied ones the first."""
+    names = parameter_names(model)
+    modules = (m for m in model.modules() if isinstance(m, nn.Linear))
+    weights = (getattr(module, "weight", None) for module in modules)
+    return list(dict.fromkeys(names[id(w)] for w in weights if id(w) in names))
+
+
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
-    """Which subgraphs of `model(*args, **kwargs)` are convertible, and why the others are not.
+    """What each linear of `model(*args, **kwargs)` would be converted as, and why not the others.
 
     Runs the model once, in eval mode without gradients, through its captured graphs; parameters, mode
     and random state are left as they were. Shares are fractions of the multiply-adds of that call,
@@ -213,4 +229,4 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     observer = Explaining()
     with probing(model, observer) as call:
         call(*args, **kwargs)
-    return observer.report()
+    return observer.report(unwrap(model))

@@ -69,14 +69,14 @@ class Miss:
     """A linear layer that is not part of a site, and why; falsy, so `match(...) or ...` reads well.
 
     Attributes:
-        node: the graph node to blame.
+        node: the graph node to blame; None for a linear that is in no captured graph.
         reason: what was seen there and what a site would need.
         where: module path and source line of that node, as far as the graph knows them.
         weight: name of the linear's weight, "" where it has none.
         share: fraction of the model's multiply-adds that the linear costs, 0..1 (0 if unmeasured).
     """
 
-    node: Node
+    node: Node | None
     reason: str
     where: str = ""
     weight: str = ""

@@ -10,6 +10,7 @@ verify        the invariants of a graph, before and after
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from ..composites import composite
@@ -35,11 +36,19 @@ def register(rule: Rule | GraphRule) -> None:
     (a `GraphRule`). It must be pure, and sites of kind "ffn" and "glu" are converted. Rules apply to
     graphs that are captured from then on. Raises TypeError for anything else.
     """
-    if not hasattr(rule, "match") and not hasattr(rule, "find"):
+    if not _takes_two(rule, "match") and not _takes_two(rule, "find"):
         raise TypeError(
             f"register() got a {type(rule).__name__}; expected a rule with a `match` or `find` method."
         )
     _REGISTERED.append(rule)
+
+
+def _takes_two(rule: Any, name: str) -> bool:
+    """Whether an object has a method of this name with two arguments; a text has a `find` too."""
+    try:
+        return len(inspect.signature(getattr(rule, name, None)).parameters) == 2  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
 
 
 def unregister(rule: Rule | GraphRule) -> None:
@@ -51,8 +60,8 @@ def rules() -> tuple[tuple[Rule, ...], tuple[GraphRule, ...]]:
     """The rules in force, built-in ones first."""
     own: Any = _REGISTERED
     return (
-        (*RULES, *(rule for rule in own if hasattr(rule, "match"))),
-        (*GRAPH_RULES, *(rule for rule in own if hasattr(rule, "find"))),
+        (*RULES, *(rule for rule in own if _takes_two(rule, "match"))),
+        (*GRAPH_RULES, *(rule for rule in own if _takes_two(rule, "find"))),
     )
 
 

@@ -147,7 +147,8 @@ def _is_product(view: View, node: Node) -> bool:
     flat = (
         operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
     )
-    return len(flat) == 2 and all(isinstance(n, Node) and n in view.runtime for n in flat)
+    nodes = [n for n in flat if isinstance(n, Node)]
+    return len(flat) == len(nodes) == 2 and any(n in view.runtime for n in nodes)
 
 
 def _between(view: View, node: Node) -> bool:

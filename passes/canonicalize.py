@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from ..capture import Captured
 from ..ir import Miss
+from .inplace import changed_by, origin
 from .linear import Linear, linears_of
 from .names import SHAPE_ONLY, op_name
 
@@ -39,6 +40,11 @@ class View:
         """Every linear layer whose weight is a plain floating-point parameter, by its last node."""
         return self._linears[0]
 
+    @cached_property
+    def calls(self) -> dict[Node, Linear]:
+        """The linear layer that each of its calls belongs to, such as the product under a bias."""
+        return {n: linear for linear in self.linears.values() for n in (*linear.parts, linear.node)}
+
     @property
     def unusable(self) -> dict[Node, Miss]:
         """Linear calls whose weight or bias is no parameter that could be permuted in place."""
@@ -46,7 +52,10 @@ class View:
 
     @cached_property
     def runtime(self) -> set[Node]:
-        """The nodes whose values depend on what the model is called with, not only on its state."""
+        """The nodes whose values depend on what the model is called with, not only on its state.
+
+        Memory into which such a value is written in place, a cache for one, is among them.
+        """
         found: set[Node] = set()
         for node in self.captured.gm.graph.nodes:
             if node.op == "placeholder":
@@ -58,6 +67,9 @@ class View:
                 )  # of token ids, which a model may make itself, such as a first token
             elif op_name(node) not in SHAPE_ONLY and any(n in found for n in node.all_input_nodes):
                 found.add(node)
+                target = changed_by(node)
+                if target is not None:
+                    found.add(origin(target))
         return found
 
     @cached_property

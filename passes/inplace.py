@@ -7,15 +7,17 @@ unless the input is changed meanwhile, or a hidden value is changed and read aga
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from ..expr import OPERATORS
 from ..ir import Miss
-from .canonicalize import View
 from .names import CASTS, TRANSPOSES, op_name
+
+if TYPE_CHECKING:
+    from .canonicalize import View
 
 _OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem")
 _ALIASING = (  # calls whose result may share memory with their first argument

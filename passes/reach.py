@@ -7,6 +7,7 @@ unless one of them is a low-rank update (LoRA) of the other: from there nothing 
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 from torch.fx import Node
 
@@ -15,7 +16,17 @@ from .block import source
 from .canonicalize import View
 from .inplace import WRITES, changed_by, memory_of, written
 from .linear import CONVOLUTIONS
-from .names import CASTS, IDENTITIES, NORMS, TRANSPOSES, VIEWS, argument, op_name
+from .names import (
+    CASTS,
+    IDENTITIES,
+    NORMS,
+    TRANSPOSES,
+    VIEWS,
+    argument,
+    op_name,
+    same_size,
+    shape_of,
+)
 
 _MOVES = (
     "cat", "stack", "concat", "getitem", "slice", "select", "narrow", "chunk", "split", "unbind",
@@ -72,7 +83,8 @@ class Reach:
             return NOTHING
         inputs = [n for n in node.all_input_nodes if n in self.view.runtime]
         if op_name(node) in ("add", "sub") and len(inputs) == 2:
-            return self._sum(*(self.back(n, depth) for n in inputs))
+            found = self._sum(*(self.back(n, depth) for n in inputs))
+            return CONFLICT if found and self._is_residual(inputs, depth) else found
         if op_name(node) == "mul" and len(inputs) == 2:
             return self._product(inputs, depth)
         return _union([self.back(n, depth) for n in self._data(node, inputs)])
@@ -97,6 +109,12 @@ class Reach:
             if self._is_low_rank(base, update):
                 return base
         return CONFLICT
+
+    def _is_residual(self, inputs: list[Node], depth: int) -> bool:
+        """Whether a sum adds a linear's output to a value of the same shape that no linear made."""
+        left, right = (shape_of(node) for node in inputs)
+        empty = any(self.back(node, depth) == NOTHING for node in inputs)
+        return empty and left is not None and right is not None and _same_shape(left, right)
 
     def _is_low_rank(self, base: frozenset[Node], update: frozenset[Node]) -> bool:
         """Whether `update` is B(A(x)) beside W x, as LoRA adds it."""
@@ -129,10 +147,10 @@ class Reach:
                 if memory is not None and memory not in seen:
                     seen.add(memory)
                     stack.append(memory)
-                if user in self.view.linears:
-                    linear = self.view.linears[user]
-                    if user not in self.taken and linear.x in seen:
-                        found.add(user)
+                linear = self.view.calls.get(user)
+                if linear is not None:
+                    if linear.node not in self.taken and linear.x in seen:
+                        found.add(linear.node)
                 elif user not in seen and self._passes(user, seen, weights):
                     seen.add(user)
                     stack.append(user)
@@ -159,6 +177,10 @@ class Reach:
                     seen.add(inner)
                     stack.append(inner)
         return False
+
+
+def _same_shape(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    return len(left) == len(right) and all(map(same_size, left, right))
 
 
 def _union(found: list[Found]) -> Found:

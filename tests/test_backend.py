@@ -467,3 +467,22 @@ def test_blocks_in_an_activation_checkpoint_run_as_experts_and_train(experts: Co
         expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
         for f, e in zip(found, expected, strict=True):
             assert torch.allclose(f, e, rtol=0, atol=1e-10)
+
+
+def test_the_output_of_experts_may_be_changed_in_place_while_training() -> None:
+    """Falcon adds its attention to the block's output with +=."""
+
+    class InPlace(testing.FFN):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.down(self.act(self.up(x)))
+            y += x
+            return y
+
+    model = nn.Sequential(InPlace()).double()
+    d2d.convert(model, [torch.randn(64, 16).double()], QUICK, progress=False)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    y = compiled(model)(x)
+    found = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for f, e in zip(found, expected, strict=True):
+        assert torch.allclose(f, e, rtol=0, atol=1e-10)

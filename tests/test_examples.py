@@ -24,7 +24,7 @@ def test_the_readme_example_runs_as_it_stands(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "6 sites hold" in done.stdout and "of the dense multiply-adds" in done.stdout
+    assert "6 blocks hold" in done.stdout and "of the dense multiply-adds" in done.stdout
     assert (tmp_path / "experts" / "d2dmoe.safetensors").is_file()
 
 
@@ -55,3 +55,17 @@ def test_quickstart_in_its_quick_form(tmp_path: Path) -> None:
         "d2dmoe.json",
         "d2dmoe.safetensors",
     ]
+
+
+def test_write_a_pass(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "write_a_pass.py")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "before: []" in done.stdout and "after:  ['0', '1']" in done.stdout
+    assert "converted 2 blocks; tau = 0 differs by" in done.stdout

@@ -41,7 +41,8 @@ def expert_mlp(
     """The block's output from the chosen experts, [..., D] in w_down's dtype; one expert at a time."""
     rows = x.reshape(-1, x.shape[-1])
     wide = torch.float64 if w_down.dtype == torch.float64 else torch.float32
-    y = rows.new_zeros(len(rows), w_down.shape[1], dtype=wide)
+    result = rows.new_zeros(*x.shape[:-1], w_down.shape[1], dtype=wide)  # no view: may be changed
+    y = result.view(len(rows), w_down.shape[1])
     for t, own in owned(tokens, offsets, w_up.shape[0]):
         values = inputs_of(rows.index_select(0, t), own, w_up, w_gate, b_up, b_gate, scalars)
         values.update(noise_of(noise, t, own))
@@ -49,7 +50,7 @@ def expert_mlp(
         y.index_add_(0, t, (hidden.to(w_down.dtype) @ w_down[own]).to(wide))
     if b_down is not None:
         y += b_down
-    return y.to(w_down.dtype).reshape(*x.shape[:-1], w_down.shape[1])
+    return result.to(w_down.dtype)
 
 
 def owned(tokens: Tensor, offsets: Tensor, neurons: int) -> list[tuple[Tensor, slice]]:

@@ -43,7 +43,7 @@ for _names, _value in (
     ("hidden_size d_model n_embd dim model_dim", 32),
     ("encoder_hidden_size decoder_hidden_size", 32),
     ("embed_dim embedding_size embedding_dim emb_dim", 32),
-    ("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth", 2),
+    ("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth layers", 2),
     ("num_encoder_layers num_decoder_layers encoder_num_layers decoder_num_layers", 2),
     ("num_encoder_blocks", 4),
     ("num_attention_heads n_head n_heads num_heads encoder_attention_heads", 4),

@@ -38,11 +38,13 @@ class Rule:
         role: of a block's or a projection's weight.
         pattern: of the whole name, less ".weight"; what it captures as `at` is the same for all
             weights of one block.
+        group: what sets blocks apart that stand at the same place.
     """
 
     kind: str
     role: str
     pattern: re.Pattern[str]
+    group: tuple[str, ...] = ()
 
     def match(self, name: str) -> str | None:
         found = self.pattern.fullmatch(name.removesuffix(".weight"))
@@ -51,8 +53,10 @@ class Rule:
 
 def block(at: str = ANYWHERE, **roles: str) -> list[Rule]:
     """A feed-forward block whose weights are named `at` + the given ends."""
+    group = tuple(roles.values())
     return [
-        Rule("block", role, re.compile(f"(?P<at>{at})(?:{end})")) for role, end in roles.items()
+        Rule("block", role, re.compile(f"(?P<at>{at})(?:{end})"), group)
+        for role, end in roles.items()
     ]
 
 
@@ -204,7 +208,8 @@ GROUNDING = [
 ]
 PLAIN_CONV = other(r"(?:layer|layers)\.\d+\.convolution|shortcut\.convolution")
 PPLCNET = [
-    *block(up=r"channel_conv1\.convolution", down=r"channel_conv2\.convolution"),
+    # Batch norm between the matrices: in training every hidden value depends on all tokens.
+    *optional(r"channel_conv[12]\.convolution"),
     *other(r"stem4\.convolution"),
 ]
 MAMBA = optional(r"mixer\.(?:in_proj|x_proj|dt_proj|out_proj)")
@@ -348,7 +353,7 @@ SPECIAL: dict[str, list[Rule]] = {
         v="value|value_global",
     ),
     "levit": [  # every linear is followed by a batch norm, also the first of a block
-        *block(up=r"linear_up\.linear", down=r"linear_down\.linear"),
+        *optional(r"linear_(?:up|down)\.linear"),
         *attention(
             qkv=r"queries_keys_values\.linear",
             kv=r"keys_values\.linear",
@@ -592,7 +597,7 @@ def matching(rules: Iterable[Rule], name: str) -> list[tuple[Rule, str]]:
 def truth_of(model: nn.Module, call: Mapping[str, Any]) -> Truth:
     """The truth about the weights that this call reads."""
     names = used(model, call)
-    blocks: dict[str, dict[str, str]] = defaultdict(dict)
+    blocks: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     projections = {}
     free = set()
     for name, _ in matrices(model):
@@ -600,7 +605,7 @@ def truth_of(model: nn.Module, call: Mapping[str, Any]) -> Truth:
             continue
         for rule, at in rules_of(model, name)[:1]:
             if rule.kind == "block":
-                blocks[at][rule.role] = name
+                blocks[at, *rule.group][rule.role] = name
             elif rule.kind == "projection":
                 projections[name] = rule.role
             elif rule.kind == "optional":
