@@ -277,8 +277,8 @@ def _site(value: Any) -> Site:
     halves = ["gate", "up"] if "gate_up" in roles else []
     if not set(value["transposed"]) <= roles or sorted(value["halves"]) != halves:
         raise ArtifactError(f"{JSON_NAME}: transposed or halves of {value['name']!r} do not fit.")
-    if not isinstance(value["interleaved"], bool):
-        raise ArtifactError(f"{JSON_NAME}: interleaved of {value['name']!r} is no boolean.")
+    if value["interleaved"] is not False and (value["interleaved"] is not True or not halves):
+        raise ArtifactError(f"{JSON_NAME}: interleaved of {value['name']!r} does not fit.")
     share = value["share"]
     if type(share) not in (int, float) or not 0 <= share <= 1 or value["role"] not in PARTS:
         raise ArtifactError(f"{JSON_NAME}: share or role of {value['name']!r} is out of range.")

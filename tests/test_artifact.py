@@ -607,7 +607,7 @@ def test_site_without_tensors_and_tensors_without_site_are_refused(folder):
         "\ud800",
         "relu(up)",  # the site has a scalar p0 that this does not read
         "relu(up) * p0 * gate",  # and no gate
-        "relu(up) * p0 * p1",
+        "relu(up) * p0 * q1",
         "relu(up, p0)",
         "gelu(p0 * up, approximate='fast')",
         "p0 * up + maximum(up, 0.0)",  # torch.maximum takes tensors only

@@ -151,11 +151,11 @@ def test_experts_that_do_not_divide_are_refused_with_a_divisor() -> None:
         convert(testing.Stack(), experts=7)
 
 
-def test_a_prime_hidden_size_stays_dense_with_its_reason() -> None:
+def test_a_large_prime_hidden_size_stays_dense_with_its_reason() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = testing.FFN(16, 61), testing.FFN(16, 64)
+            self.a, self.b = testing.FFN(16, 521), testing.FFN(16, 64)
 
         def forward(self, x):
             return self.b(self.a(x))
@@ -302,3 +302,90 @@ def test_a_failed_conversion_keeps_the_one_attached_before() -> None:
             convert(testing.Stack(seed=1)).attach(model)
         assert [state.tau for state in states(model)] == [0.5, 0.5]
         assert torch.equal(fast(x), before)
+
+
+class Shaped(nn.Module):
+    """A residual block given as a function, with its parts."""
+
+    def __init__(self, run, **parts) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.run(self, x)
+
+
+def interleaved() -> nn.Module:
+    def run(m, x):
+        u = m.gate_up(x)
+        return m.down(torch.sigmoid(u[..., ::2]) * u[..., 1::2])
+
+    return Shaped(run, gate_up=nn.Linear(16, 128), down=nn.Linear(64, 16))
+
+
+def tied() -> nn.Module:
+    linear = torch.nn.functional.linear
+    weight = nn.Parameter(torch.randn(64, 16))
+    return Shaped(lambda m, x: linear(torch.relu(linear(x, m.w)), m.w.t()), w=weight)
+
+
+def convolutions() -> nn.Module:
+    return Shaped(
+        lambda m, x: m.down(torch.relu(m.up(x))), up=nn.Conv2d(16, 64, 1), down=nn.Conv2d(64, 16, 1)
+    )
+
+
+def buffer_in_activation() -> nn.Module:
+    def run(m, x):
+        hidden = torch.relu(m.up(x))
+        return m.down(hidden * m.beta + m.s * hidden * hidden)
+
+    scale = nn.Parameter(torch.tensor(0.3))
+    model = Shaped(run, up=nn.Linear(16, 64), down=nn.Linear(64, 16), s=scale)
+    model.register_buffer("beta", torch.tensor(0.7))
+    return model
+
+
+@pytest.mark.parametrize("make", [interleaved, tied, convolutions, buffer_in_activation])
+def test_unusual_layouts_convert_save_load_train_and_detach(make, tmp_path) -> None:
+    """Each is exact at tau = 0, its gradients are, its artifact loads, and detach restores each bit."""
+    torch.manual_seed(0)
+    model = make().double().eval()
+    shape = (4, 16, 5, 5) if make is convolutions else (40, 16)
+    x = torch.randn(shape, dtype=torch.float64)
+    before = copy.deepcopy(model)
+    conversion = convert(model, [x])
+    (site,) = (experts.site for experts in conversion.experts.values())
+    assert site.interleaved is (make is interleaved)
+    conversion.save(tmp_path / "saved")
+    loaded = d2d.load(tmp_path / "saved")
+    other = copy.deepcopy(before)
+    loaded.attach(other)
+    for converted in (model, other):
+        torch._dynamo.reset()
+        fast = torch.compile(converted, backend="d2dmoe", options={"inner": "eager"})
+        expected, found = before(x), fast(x)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+        assert torch.allclose(converted(x), expected, rtol=0, atol=1e-12)
+        ours = torch.autograd.grad(found.square().sum(), list(converted.parameters()))
+        dense = torch.autograd.grad(converted(x).square().sum(), list(converted.parameters()))
+        for o, e in zip(ours, dense, strict=True):
+            assert torch.allclose(o, e, rtol=0, atol=1e-10)
+    d2d.set_tau(model, 0.9)
+    assert d2d.measure(model, [x]).executed < 1
+    assert not torch.allclose(
+        torch.compile(model, backend="d2dmoe", options={"inner": "eager"})(x), before(x)
+    )
+    d2d.detach(model)
+    for (name, mine), theirs in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(mine, theirs) and mine.stride() == theirs.stride(), name
+
+
+def test_a_hidden_size_without_a_near_divisor_gets_the_largest_below() -> None:
+    """HF's own tiny configurations have 37 hidden neurons, a prime."""
+    experts = convert(testing.Stack(1, h=37)).experts["blocks.0"]
+    assert (experts.plan.experts, experts.plan.expert_size) == (37, 1)
+    experts = convert(testing.Stack(1, h=2 * 37), expert_size=8).experts["blocks.0"]
+    assert (experts.plan.experts, experts.plan.expert_size) == (37, 2)
