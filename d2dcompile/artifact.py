@@ -27,11 +27,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .attachment import check_tau, digest
+from .attachment import check_tau
 from .config import Config
 from .errors import ArtifactError, D2DError
 from .expr import function, parse
 from .ir import Conversion, Experts, Plan, Site
+from .layout import digest
 
 FORMAT = "d2dmoe"
 VERSION = 1

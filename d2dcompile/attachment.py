@@ -8,7 +8,6 @@ is stored neuron-major ([H, D], so that each expert is one contiguous slab) behi
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +21,8 @@ from .errors import ConversionMismatchError, TauError, WeightsChangedError
 from .expr import parse, quiet, without_casts
 from .ir import Conversion, Experts, Site
 from .kernels.gate import tau_bits
+from .layout import digest, permuted, slabs
 from .passes.insert_moe import operand_names
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def meaning(activation: str) -> str:
@@ -149,87 +147,6 @@ def states(model: nn.Module) -> list[State]:
     return [state for state in found if state is not None]
 
 
-def slabs(site: Site, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The expert slabs w_up, w_gate, w_down [H, D] and biases, as views of a site's parameters."""
-    found: dict[str, Tensor] = {}
-    for role in site.params:
-        matrix = _neuron_major(site, role, weights[role])
-        if role == "gate_up":
-            found.update({f"w_{half}": part for half, part in _halves(site, matrix).items()})
-        else:
-            found[f"w_{role}"] = matrix
-    for role in site.biases:
-        bias = weights[f"{role}.bias"]
-        if role == "gate_up":
-            found.update({f"b_{half}": part for half, part in _halves(site, bias).items()})
-        elif role in ("up", "gate", "down"):
-            found[f"b_{role}"] = bias
-    return found
-
-
-def _halves(site: Site, fused: Tensor) -> dict[str, Tensor]:
-    """The gate and up rows of a fused matrix or bias, as views."""
-    parts = (fused[0::2], fused[1::2]) if site.interleaved else fused.chunk(2)
-    return dict(zip(site.halves, parts, strict=True))
-
-
-def _neuron_major(site: Site, role: str, weight: Tensor) -> Tensor:
-    """[H, D] (or [2 H, D]) view of a weight: neurons are rows of up, columns of down.
-
-    A convolution of kernel 1 has axes of size one after those two.
-    """
-    matrix = weight.view(weight.shape[:2])
-    return matrix if _neurons_first(site, role) else matrix.t()
-
-
-def _neurons_first(site: Site, role: str) -> bool:
-    return (role == "down") == (role in site.transposed)
-
-
-def permuted(site: Site, role: str, tensor: Tensor, order: Tensor) -> Tensor:
-    """A site's tensor with its neurons in `order`, neuron-major in memory, in its own shape."""
-    base, _, bias = role.partition(".")
-    if (base == "down" and bias) or base not in site.params:
-        return tensor
-    order = order.to(tensor.device)
-    if base == "gate_up" and site.interleaved:
-        order = torch.stack([2 * order, 2 * order + 1], dim=1).flatten()
-    elif base == "gate_up":
-        order = torch.cat([order, order + len(order)])
-    if bias:
-        return tensor[order]
-    matrix = _neuron_major(site, role, tensor)
-    ordered = matrix[order] if _neurons_first(site, role) else matrix[order].t()
-    return ordered.view(tensor.shape)
-
-
-def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 of a tensor's values in row-major order of its shape, as stored or cast to `dtype`."""
-    values = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def digests(tensor: Tensor) -> dict[str, str]:
-    """Digests of a tensor as it is and as cast to each float dtype a model is served in."""
-    dtypes = {tensor.dtype, *DTYPES}
-    return {
-        str(dtype).removeprefix("torch."): digest(tensor, dtype)
-        for dtype in sorted(dtypes, key=str)
-    }
-
-
-def hashes_of(site: Site, weights: Mapping[str, Tensor], order: Tensor) -> dict[str, Any]:
-    """Per tensor of a site: shape, and digests before ("dense") and after ("permuted")."""
-    return {
-        role: {
-            "shape": list(weights[role].shape),
-            "dense": digests(weights[role]),
-            "permuted": digests(permuted(site, role, weights[role].detach(), order)),
-        }
-        for role in site.tensors
-    }
-
-
 def attach(model: nn.Module, conversion: Conversion) -> nn.Module:
     """Attach a conversion to a model in place and return the model; its function is unchanged.
 
@@ -315,7 +232,8 @@ def register(experts: Experts, weights: Mapping[str, nn.Parameter], is_dense: bo
 
 def _distinct(site: Site) -> dict[str, str]:
     """A site's tensors by role, each parameter once: up and down may be tied."""
-    return {role: name for name, role in reversed({n: r for r, n in site.tensors.items()}.items())}
+    last = {name: role for role, name in site.tensors.items()}
+    return {role: name for name, role in last.items()}
 
 
 def _forget(key: int, state: weakref.ref[State]) -> None:

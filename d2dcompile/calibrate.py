@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attachment import slabs
 from .cluster import balanced_kmeans, permutation, random_split
 from .config import Config
 from .errors import CalibrationError, CalibrationWarning
 from .explaining import observed
 from .ir import Plan, Site
+from .layout import slabs
 from .plan import plan
 from .probe import Graph, arguments, probing
 from .router import expert_norms, gram

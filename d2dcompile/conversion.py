@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .attachment import attach, detach, hashes_of, kept_on_error
+from .attachment import attach, detach, kept_on_error
 from .calibrate import Draft, calibrate
 from .capture import unwrap
 from .config import Config
 from .ir import Conversion, Experts
+from .layout import hashes_of
 from .router import fit_router
 
 

@@ -12,13 +12,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from ..errors import ExpressionError
 from ..expr import MAX_DEPTH, MAX_SIZE, OPERATORS, Expr, const, var
 from ..ir import Miss
 from .canonicalize import View
+from .elementwise import operator_of
 from .halves import Leaf, Refuse, both_halves, half_of
 from .linear import Linear
 from .names import (
@@ -136,9 +136,13 @@ class _Walker:
             first, second = (self._leaf(leaf) for leaf in both_halves(self.view.linears, node))
             return Expr("mul", (first, Expr("sigmoid", (second,))))
         if name in OPERATORS or name in ("rsub", "clamp_max"):
-            return self._operator(node, name)
+            return operator_of(node, name, self.visit)
         if name in NORMS and node.args and self._is_region(node.args[0]):
             raise Refuse(node, f"{name} between the matrices: hidden values depend on one another")
+        if name == "getitem" and op_name(node.all_input_nodes[0]) == "autograd_function_apply":
+            raise Refuse(
+                node, "a custom autograd.Function is before it, with a gradient of its own"
+            )
         label = name or f"a {node.op}"
         raise Refuse(
             node, f"its input comes from {label}, not from an activation of a linear layer"
@@ -201,94 +205,6 @@ class _Walker:
             return inner
         return Expr("cast", (inner,), (("dtype", str(after).removeprefix("torch.")),))
 
-    def _operator(self, node: Node, name: str) -> Expr:
-        if name in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
-            raise Refuse(node, f"{name} with alpha is not supported between the matrices")
-        args = list(node.args) + [node.kwargs[k] for k in ("other", "exponent") if k in node.kwargs]
-        if "input" in node.kwargs:
-            args.insert(0, node.kwargs["input"])
-        if name == "rsub":
-            name, args = "sub", args[::-1]
-        if name == "clamp_max":
-            name, args = "clamp", [args[0], None, *args[1:]]
-        known = OPERATORS[name]
-        if name == "clamp" and any(isinstance(bound, Node) for bound in _bounds(node, args)):
-            return self._between(node, args)
-        if len(args) < known.tensors:
-            raise Refuse(node, f"{name} of one argument is a reduction, not elementwise")
-        tensors = tuple(self.visit(arg, node) for arg in args[: known.tensors])
-        tensors = self._promoted(node, name, args[: known.tensors], tensors)
-        params = self._params(node, name, args[known.tensors :])
-        if name in ("maximum", "minimum"):
-            return _extreme(name, tensors)
-        return Expr(name, tensors, params)
-
-    def _between(self, node: Node, args: list[Any]) -> Expr:
-        """A clamp whose bounds are scalars of the model, not numbers in its code."""
-        value = self.visit(args[0])
-        for name, bound in zip(("maximum", "minimum"), _bounds(node, args), strict=True):
-            if bound is not None:
-                value = _extreme(name, (value, self.visit(bound, node)))
-        return value
-
-    def _promoted(
-        self, node: Node, name: str, args: list[Any], tensors: tuple[Expr, ...]
-    ) -> tuple[Expr, ...]:
-        """The operands in the dtype that autocast computes this operator in, where it widens it."""
-        after = dtype_of(node)
-        known = [dtype_of(arg) for arg in args if isinstance(arg, Node)]
-        wide = (torch.float32, torch.float64)
-        if after not in wide or not known or any(d in (None, *wide) for d in known):
-            return tensors
-        dtype = (("dtype", str(after).removeprefix("torch.")),)
-        return tuple(
-            Expr("cast", (t,), dtype) if isinstance(a, Node) else t
-            for a, t in zip(args, tensors, strict=True)
-        )
-
-    def _params(self, node: Node, name: str, rest: list[Any]) -> tuple[tuple[str, Any], ...]:
-        """Named parameters that differ from their defaults; a trailing `inplace` is dropped."""
-        known = OPERATORS[name]
-        if len(rest) > len(known.params) + (known.tensors == 1):
-            raise Refuse(node, f"{name} has {len(rest)} parameters; expected {len(known.params)}")
-        values = dict(zip(known.params, rest, strict=False))
-        values.update({k: v for k, v in node.kwargs.items() if k in known.params})
-        unknown = set(node.kwargs) - {
-            *known.params,
-            "inplace",
-            "input",
-            "other",
-            "exponent",
-            "alpha",
-        }
-        if any(node.kwargs[k] is not None for k in unknown):
-            raise Refuse(node, f"{name} has an argument that is not understood: {sorted(unknown)}")
-        kept = []
-        for key, default in zip(known.params, known.defaults, strict=True):
-            value = values.get(key, default)
-            if isinstance(value, Node):
-                raise Refuse(node, f"parameter {key} of {name} is computed in the graph")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise Refuse(node, f"parameter {key} of {name} is {value!r}, not a finite number")
-            if value != default:
-                kept.append((key, value))
-        return tuple(kept)
-
-
-def _bounds(node: Node, args: list[Any]) -> tuple[Any, Any]:
-    """The lower and upper bound of a clamp, None where there is none."""
-    low, high = (*args[1:], None, None)[:2]
-    return node.kwargs.get("min", low), node.kwargs.get("max", high)
-
 
 def _is_zeros(node: Node) -> bool:
     return op_name(node) == "zeros_like" and node.kwargs.get("dtype") is None
-
-
-def _extreme(name: str, tensors: tuple[Expr, ...]) -> Expr:
-    """maximum or minimum; against a number it is a clamp, which takes numbers."""
-    for value, limit in (tensors, tensors[::-1]):
-        if limit.op == "const":
-            side = "min" if name == "maximum" else "max"
-            return Expr("clamp", (value,), ((side, limit.args[0]),))
-    return Expr(name, tensors)

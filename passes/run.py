@@ -115,8 +115,9 @@ def _unique_names(matches: list[Match]) -> list[Match]:
     return result
 
 
-def where(weight: str, node: Node) -> str:
+def where(weight: str, node: Node | None) -> str:
     """The linear's module path, and file:line of the node to blame as far as it is known."""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
+    trace = node.meta.get("stack_trace") if node is not None else None
+    lines = re.findall(r'File "([^"]+)", line (\d+)', str(trace or ""))
     source = f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
     return ", ".join(part for part in (weight.removesuffix(".weight"), source) if part)

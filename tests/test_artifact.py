@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 import d2dcompile as d2d
 from d2dcompile import artifact
 from d2dcompile.artifact import JSON_NAME, TENSORS_NAME
-from d2dcompile.attachment import hashes_of
 from d2dcompile.errors import ArtifactError
 from d2dcompile.ir import Conversion, Experts, Plan, Site
+from d2dcompile.layout import hashes_of
 
 FLIPS = 200  # sampled positions per file; one load takes about 2 ms
 WIDTH, HIDDEN, EXPERTS, ROUTER = 4, 6, 3, 5

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from d2dcompile import attachment, rewriting
+from d2dcompile import layout, rewriting
 from d2dcompile.capture import Captured, from_dynamo, from_graph_module, parameter_names
 from d2dcompile.ir import Conversion, Experts, Plan
 from d2dcompile.passes import Match
@@ -48,10 +48,16 @@ class Traced:
         return lambda: done.gm.forward(*self.args, *operands)[0]
 
 
-def _trace(model: nn.Module, x: Tensor, how: str = "dynamo", dynamic: bool | None = None) -> Traced:
+def _trace(
+    model: nn.Module,
+    x: Tensor,
+    how: str = "dynamo",
+    dynamic: bool | None = None,
+    grad: bool = False,
+) -> Traced:
     names = parameter_names(model)
     if how == "dynamo":
-        return _by_dynamo(model, x, dynamic)
+        return _by_dynamo(model, x, dynamic, grad)
     if how == "export":
         with torch.no_grad():
             gm = torch.export.export(model, (x,)).module()
@@ -60,7 +66,7 @@ def _trace(model: nn.Module, x: Tensor, how: str = "dynamo", dynamic: bool | Non
     return Traced(how, from_graph_module(gm, names), gm, [x])
 
 
-def _by_dynamo(model: nn.Module, x: Tensor, dynamic: bool | None) -> Traced:
+def _by_dynamo(model: nn.Module, x: Tensor, dynamic: bool | None, grad: bool) -> Traced:
     """What a backend gets, and what its callable is then called with."""
     found: list[Traced] = []
 
@@ -74,7 +80,7 @@ def _by_dynamo(model: nn.Module, x: Tensor, dynamic: bool | None) -> Traced:
 
         return run
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(x)
     assert len(found) == 1
     return found[0]
@@ -86,7 +92,7 @@ def _conversion(traced: Traced, experts: int = 4) -> Conversion:
     for found in traced.matches():
         site, weights = found.site, found.tensors()
         order = torch.randperm(site.d_hidden)
-        hashes = attachment.hashes_of(site, weights, order)
+        hashes = layout.hashes_of(site, weights, order)
         router1, router2 = torch.randn(8, site.d_model), torch.randn(experts, 8)
         plan = Plan(experts, site.d_hidden // experts, 8)
         made.setdefault(site.name, Experts(site, plan, order, router1, router2, 0.0, hashes))

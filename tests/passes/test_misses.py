@@ -52,6 +52,7 @@ class Near:
     train: bool = False
     rules: tuple[Any, ...] = RULES
     autocast: bool = False
+    grad: bool = False
 
 
 def near(reason: str, run: Callable[..., Any], **more: Any) -> Near:
@@ -159,7 +160,26 @@ def qv_in_two_calls(m: Net, x: Tensor) -> Tensor:
     return attend(m, m.square(x), x, x) + attend(m, x, x, m.square(x))
 
 
+class Doubled(torch.autograd.Function):
+    """relu forwards, and backwards twice its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return F.relu(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        return 2 * grad * (h > 0)
+
+
 NEAR: dict[str, Near] = {
+    "autograd_function": between(
+        Doubled.apply,
+        "a custom autograd.Function is before it, with a gradient of its own",
+        grad=True,
+    ),
     "head": near(
         "maps 8 features to 3: a head, not a block", lambda m, x: m.head(torch.tanh(m.up(x)))
     ),
@@ -428,7 +448,7 @@ NEAR: dict[str, Near] = {
 def missed(case: Near, trace: Callable[..., Any]) -> dict[str, Any]:
     """The misses of a case by reason; nothing of it may match."""
     model = Net(case.run, **case.parts()).train(case.train)
-    traced = trace(model, torch.randn(case.shape), case.how)
+    traced = trace(model, torch.randn(case.shape), case.how, grad=case.grad)
     graph_rules = GRAPH_RULES if case.rules is RULES else ()
     with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
         matches, misses = match_all(traced.captured, case.rules, graph_rules)

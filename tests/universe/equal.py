@@ -39,6 +39,8 @@ class Equality:
         ran: how many of the sites ran as experts in eval mode, and in training mode.
         eval, train, grad: largest difference relative to the largest value of the output, of the
             output in training mode, and over all parameters of their gradients.
+        rival: the difference in eval mode that the dense model itself has under the inner compiler, where
+            ours is above the limit: models that compute norms in fp32 round differently there.
         dtype: "float64", "float32" or "bfloat16": the coarsest that the case computes in.
         error: what went wrong instead, or "".
     """
@@ -50,6 +52,7 @@ class Equality:
     eval: float = 0.0
     train: float = 0.0
     grad: float = 0.0
+    rival: float = 0.0
     dtype: str = "float64"
     error: str = ""
 
@@ -62,8 +65,9 @@ class Equality:
         """What is wrong, as texts."""
         found = [self.error.strip().splitlines()[-1]] if self.error else []
         found += [f"{site} stays dense: {why}" for site, why in self.dense.items()]
-        for name in ("eval", "train", "grad"):
-            if not getattr(self, name) <= self.limit:
+        limits = {"eval": max(self.limit, 2 * self.rival), "train": self.limit, "grad": self.limit}
+        for name, limit in limits.items():
+            if not getattr(self, name) <= limit:
                 found.append(f"{name} differs by {getattr(self, name):.1e} in {self.dtype}")
         if self.ran[0] < self.sites:
             found.append(f"{self.ran[0]} of {self.sites} sites ran in eval mode")
@@ -130,14 +134,25 @@ def _compare(result: Equality, model: nn.Module, inputs: Any, inner: str, traini
         (expected, _), (found, _) = _twice(model, fast, inputs, lambda outputs: [])
         result.eval = _difference(found, expected)
     result.ran = (len(ran), result.sites)
+    if inner != "eager" and result.eval > result.limit:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            dense = torch.compile(model, backend=inner)
+            (expected, _), (found, _) = _twice(model, dense, inputs, lambda outputs: [])
+        result.rival = _difference(found, expected)
     if not training:
         return
     model.train()
     torch._dynamo.reset()
     fast = torch.compile(model, backend="d2dmoe", options=options)
     with _counting() as ran:
-        dense, ours = _twice(model, fast, inputs, lambda outputs: _gradients(model, outputs))
-        result.train, result.grad = (_difference(f, e) for f, e in zip(ours, dense, strict=True))
+        # Dynamo draws NumPy's random numbers, of spectrogram masks, from torch: where the two runs drew
+        # differently the dense model is run through Dynamo as well.
+        for dense in (model, torch.compile(model, backend="eager")):
+            base, ours = _twice(dense, fast, inputs, lambda outputs: _gradients(model, outputs))
+            result.train, result.grad = (_difference(f, e) for f, e in zip(ours, base, strict=True))
+            if result.train <= result.limit:
+                break
     result.ran = (result.ran[0], len(ran))
 
 
