@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.d2dcompile-installed
 
-.PHONY: demo ablate test check bench-cluster clean
+.PHONY: demo ablate test check bench-cluster bench-matching bench-universe clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py --out out/quickstart
@@ -25,6 +25,12 @@ check: $(STAMP)
 
 bench-cluster: $(STAMP)
 	$(BIN)/python benchmarks/cluster.py
+
+bench-matching: $(STAMP)
+	$(BIN)/python benchmarks/matching.py
+
+bench-universe: $(STAMP)
+	$(BIN)/python benchmarks/universe.py --fresh
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -137,7 +137,9 @@ class Calibrating:
             return
         rows, values = x.reshape(-1, x.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         parts = values.index_select(1, draft.order.to(values.device))
-        norms = expert_norms(parts.view(len(values), draft.plan.experts, -1), draft.gram)
+        norms = expert_norms(
+            parts.view(len(values), draft.plan.experts, draft.plan.expert_size), draft.gram
+        )
         if not (rows.isfinite().all() and norms.isfinite().all()):
             raise CalibrationError(
                 f"Batch {self.batch} of the calibration data gives NaN or infinity at site "
@@ -176,7 +178,9 @@ class Calibrating:
         )
 
     def close(self) -> None:
-        """Raise if no site was met; warn about sites with too few tokens."""
+        """Leave sites dense that no token reached; raise if none is left; warn about too few tokens."""
+        for key in [key for key, draft in self.drafts.items() if not draft.sample.seen]:
+            self.dense[self.drafts.pop(key).site.name] = "no calibration token reached it"
         if not self.drafts:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.dense.items())
             raise CalibrationError(

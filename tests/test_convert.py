@@ -389,3 +389,24 @@ def test_a_hidden_size_without_a_near_divisor_gets_the_largest_below() -> None:
     assert (experts.plan.experts, experts.plan.expert_size) == (37, 1)
     experts = convert(testing.Stack(1, h=2 * 37), expert_size=8).experts["blocks.0"]
     assert (experts.plan.experts, experts.plan.expert_size) == (37, 2)
+
+
+def test_a_batch_without_tokens_for_a_site_is_no_error() -> None:
+    """Audio tokens have a block of their own in some models, which most batches do not run."""
+    assert convert(testing.Stack(), [torch.randn(0, 16), *batches()]).experts
+
+
+def test_a_site_that_no_token_reaches_stays_dense_with_its_reason() -> None:
+    class Audio(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.audio = testing.FFN(), testing.FFN()
+
+        def forward(self, x):
+            return self.text(x).sum() + self.audio(x[:0]).sum()
+
+    conversion = convert(Audio().eval())
+    assert set(conversion.experts) == {"text"}
+    assert conversion.dense == {"audio": "no calibration token reached it"}
+    with pytest.raises(CalibrationError, match=r"blocks\.0: no calibration token reached it"):
+        convert(testing.Stack(1), [torch.randn(0, 16)])
