@@ -26,7 +26,7 @@ OUT = ROOT / "out" / "universe"
 RESULT = ROOT / "benchmarks" / "results" / "universe.json"
 
 
-def run(patterns: list[str], part: int, parts: int, inductor: int) -> None:
+def run(patterns: list[str], part: int, parts: int, inductor: int, rescore: bool) -> None:
     """Run every `parts`-th case of those not finished, one file per case."""
     import torch
 
@@ -40,9 +40,13 @@ def run(patterns: list[str], part: int, parts: int, inductor: int) -> None:
     sample = {case.name for case in with_blocks[:: max(1, len(with_blocks) // max(inductor, 1))]}
     for case in cases[part::parts]:
         path = OUT / f"{case.name.replace('/', '__')}.json"
-        if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if found and not rescore:
             continue
-        found: dict[str, Any] = {"score": asdict(score(case))}
+        found["score"] = asdict(score(case))
+        if rescore:
+            path.write_text(json.dumps(found))
+            continue
         if found["score"]["blocks"]:
             equal = equality(case)
             found["equal"] = {**asdict(equal), "problems": equal.problems()}
@@ -126,11 +130,12 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--fresh", action="store_true", help="forget finished cases")
+    parser.add_argument("--rescore", action="store_true", help="only match again, all cases")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     if given.part is not None:
-        run(given.only, given.part, given.jobs, given.inductor)
+        run(given.only, given.part, given.jobs, given.inductor, given.rescore)
         return
     if given.fresh:
         for path in OUT.glob("*.json"):

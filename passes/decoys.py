@@ -26,6 +26,10 @@ _CARRIES = (*IDENTITIES, *VIEWS, *CASTS, "dropout", "layer_norm", "rms_norm")
 _PICKS = ("index_select", "masked_select", "take_along_dim", "index")
 _POOLS = ("mean", "amax", "select", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool2d")
 _ROUTES = ("softmax", "topk", "one_hot", "scatter", "sparsemax")
+_SELECTS = (  # between a router's softmax or top-k and the factor of an expert
+    *_CARRIES, "getitem", "select", "slice", "narrow", "index", "gather", "mul", "div", "sum", "where",
+    "masked_fill", "clamp", "transpose", "permute", "expand", "unbind", "split", "chunk",
+)  # fmt: skip
 _PUTS = ("index_add", "index_put", "index_copy", "scatter_add")
 
 
@@ -69,7 +73,8 @@ def routed_expert(view: View, down: Linear, up: Linear) -> Miss | None:
 
 def deeper_mlp(view: View, down: Linear, up: Linear) -> Miss | None:
     """Two layers of a box head or a position network with three layers or more."""
-    if _goes_on(view, down.node) or _is_activation(walk(view, up)):
+    last_of_more = _is_activation(walk(view, up)) and not _is_added(view, down.node)
+    if _goes_on(view, down.node) or last_of_more:
         return Miss(
             down.node, "an activation joins it to a further linear: a deeper MLP, not a block"
         )
@@ -200,7 +205,7 @@ def _comes_from_router(node: Node) -> bool:
         if op_name(node) in _ROUTES:
             return True
         for inner in node.all_input_nodes:
-            if inner not in seen and op_name(node) != "linear":
+            if inner not in seen and op_name(node) in _SELECTS:
                 seen.add(inner)
                 stack.append(inner)
     return False

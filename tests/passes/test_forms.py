@@ -540,3 +540,28 @@ def test_rules_do_not_depend_on_operand_order_of_the_gate(trace) -> None:
     site = trace(copy.deepcopy(run), torch.randn(3, D)).matches()[0].site
     assert site.params == {"gate": "gate.weight", "up": "up.weight", "down": "down.weight"}
     assert site.activation == "up * silu(gate)"
+
+
+def test_a_block_may_read_an_activation_where_its_output_is_added_to_it(trace) -> None:
+    """An input layer with an activation makes no deeper MLP of the first residual block."""
+    model = Block(
+        lambda m, x: (y := F.relu(m.embed(x))) + m.down(F.gelu(m.up(y))),
+        embed=nn.Linear(D, D),
+        up=nn.Linear(D, H),
+        down=nn.Linear(H, D),
+    )
+    assert [m.site.params["up"] for m in trace(model, torch.randn(2, 5, D)).matches()] == [
+        "up.weight"
+    ]
+
+
+def test_a_norm_after_a_block_is_no_router(trace) -> None:
+    """x * rsqrt(mean(x^2)) has a factor of one number per token, and attention's softmax before it."""
+
+    def run(m: Block, x: Tensor) -> Tensor:
+        y = x + (x @ x.transpose(-1, -2)).softmax(-1) @ x
+        y = y + m.down(F.gelu(m.up(y)))
+        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    model = Block(run, up=nn.Linear(D, H), down=nn.Linear(H, D))
+    assert len(trace(model, torch.randn(2, 5, D)).matches()) == 1

@@ -41,6 +41,9 @@ class Equality:
             output in training mode, and over all parameters of their gradients.
         rival: the difference in eval mode that the dense model itself has under the inner compiler, where
             ours is above the limit: models that compute norms in fp32 round differently there.
+        random: whether the dense model differs from itself in training, with the same seeds.
+        noise: how much the dense gradients differ when every weight changes by about its last place, where
+            ours are above the limit: RWKV in fp32 has gradients that ill conditioned.
         dtype: "float64", "float32" or "bfloat16": the coarsest that the case computes in.
         error: what went wrong instead, or "".
     """
@@ -53,6 +56,8 @@ class Equality:
     train: float = 0.0
     grad: float = 0.0
     rival: float = 0.0
+    random: bool = False
+    noise: float = 0.0
     dtype: str = "float64"
     error: str = ""
 
@@ -65,7 +70,9 @@ class Equality:
         """What is wrong, as texts."""
         found = [self.error.strip().splitlines()[-1]] if self.error else []
         found += [f"{site} stays dense: {why}" for site, why in self.dense.items()]
-        limits = {"eval": max(self.limit, 2 * self.rival), "train": self.limit, "grad": self.limit}
+        limits = {"eval": max(self.limit, 2 * self.rival)}
+        if not self.random:
+            limits.update(train=self.limit, grad=max(self.limit, 2 * self.noise))
         for name, limit in limits.items():
             if not getattr(self, name) <= limit:
                 found.append(f"{name} differs by {getattr(self, name):.1e} in {self.dtype}")
@@ -131,8 +138,12 @@ def _compare(result: Equality, model: nn.Module, inputs: Any, inner: str, traini
     torch._dynamo.reset()
     fast = torch.compile(model, backend="d2dmoe", options=options)
     with torch.no_grad(), _counting() as ran:
-        (expected, _), (found, _) = _twice(model, fast, inputs, lambda outputs: [])
-        result.eval = _difference(found, expected)
+        # PaliGemma gives something else under Dynamo than without: then that is the dense model.
+        for dense in (model, torch.compile(model, backend="eager")):
+            (expected, _), (found, _) = _twice(dense, fast, inputs, lambda outputs: [])
+            result.eval = _difference(found, expected)
+            if result.eval <= result.limit:
+                break
     result.ran = (len(ran), result.sites)
     if inner != "eager" and result.eval > result.limit:
         torch._dynamo.reset()
@@ -153,6 +164,11 @@ def _compare(result: Equality, model: nn.Module, inputs: Any, inner: str, traini
             result.train, result.grad = (_difference(f, e) for f, e in zip(ours, base, strict=True))
             if result.train <= result.limit:
                 break
+        else:
+            base, again = _twice(model, model, inputs, lambda outputs: [])
+            result.random = _difference(again[0], base[0]) > result.limit
+        if result.grad > result.limit and not result.random:
+            result.noise = _conditioning(model, inputs)
     result.ran = (result.ran[0], len(ran))
 
 
@@ -176,6 +192,19 @@ def _twice(
         outputs = _run(run, copy.deepcopy(inputs))
         results.append((outputs, gradients(outputs)))
     return results[0], results[1]
+
+
+def _conditioning(model: nn.Module, inputs: Any) -> float:
+    """The difference of the model's gradients to those of a copy with weights rounded differently."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1 + torch.finfo(p.dtype).eps * torch.randn_like(p))
+    grads = []
+    for each in (model, other):
+        (_, found), _ = _twice(each, each, inputs, lambda outputs, m=each: _gradients(m, outputs))
+        grads.append(found)
+    return _difference(grads[1], grads[0])
 
 
 def _run(model: Any, inputs: Any) -> list[Tensor]:
