@@ -41,18 +41,18 @@ def run(patterns: list[str], part: int, parts: int, inductor: int, rescore: bool
     for case in cases[part::parts]:
         path = OUT / f"{case.name.replace('/', '__')}.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        if found and not rescore:
-            continue
-        found["score"] = asdict(score(case))
-        if rescore:
-            path.write_text(json.dumps(found))
-            continue
-        if found["score"]["blocks"]:
+        before = set() if rescore else set(found)
+        if "score" not in before:
+            found["score"] = asdict(score(case))
+        if "equal" not in found and found["score"]["blocks"]:
             equal = equality(case)
             found["equal"] = {**asdict(equal), "problems": equal.problems()}
-            if inductor and case.name in sample:
-                lowered = equality(case, "inductor", training=False)
-                found["inductor"] = {**asdict(lowered), "problems": lowered.problems()}
+        wanted = case.name in sample and found.get("equal", {}).get("sites")
+        if wanted and "inductor" not in found:
+            lowered = equality(case, "inductor", training=False)
+            found["inductor"] = {**asdict(lowered), "problems": lowered.problems()}
+        if set(found) == before:
+            continue
         path.write_text(json.dumps(found))
         print(case.name, flush=True)
 
@@ -74,6 +74,7 @@ def summary(cases: dict[str, Any]) -> dict[str, Any]:
         )
         total[f"visible_{kind}"] = total[kind] - split
     converted = {name: e for name, e in equal.items() if e["sites"]}
+    wide = [e for e in converted.values() if e["dtype"] == "float64"]
     return {
         "models": len(cases),
         "by_group": dict(Counter(name.split("/")[0] for name in cases)),
@@ -84,12 +85,9 @@ def summary(cases: dict[str, Any]) -> dict[str, Any]:
         "sites": sum(e["sites"] for e in converted.values()),
         "dense_sites": sum(len(e["dense"]) for e in equal.values()),
         "equal": sum(not e["problems"] for e in converted.values()),
-        "worst_eval": max(
-            (e["eval"] for e in converted.values() if e["dtype"] == "float64"), default=0
-        ),
-        "worst_grad": max(
-            (e["grad"] for e in converted.values() if e["dtype"] == "float64"), default=0
-        ),
+        "random_in_training": sorted(n for n, e in converted.items() if e.get("random")),
+        "worst_eval_fp64": max((e["eval"] for e in wide), default=0),
+        "worst_grad_fp64": max((e["grad"] for e in wide if not e.get("random")), default=0),
         "inductor": sum(e["sites"] > 0 for e in lowered.values()),
         "inductor_equal": sum(
             e["sites"] > 0 and all("training" in p for p in e["problems"]) for e in lowered.values()
@@ -126,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
-        "--inductor", type=int, default=40, help="cases compared under Inductor too"
+        "--inductor", type=int, default=56, help="cases compared under Inductor too"
     )
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--fresh", action="store_true", help="forget finished cases")

@@ -122,14 +122,17 @@ def _output(
         return root
     with graph.inserting_before(root):
         output = graph.call_function(expert_mlp.overload, args)
-        if rows is not None:
+        if rows is None:  # contiguous as a convolution's: dropout after it draws in memory order
+            moved = graph.call_function(torch.movedim, (output, -1, axis))
+        else:
             size = graph.call_method("size", (rows,))
             lead = graph.call_function(getitem, (size, slice(None, -1)))
             shape = graph.call_function(add, (lead, (-1,)))
-    root.op, root.kwargs = "call_function", {}
-    root.target, root.args = torch.movedim, (output, -1, axis)
-    if rows is not None:
-        root.target, root.args = torch.reshape, (output, shape)
+    root.kwargs = {}
+    if rows is None:
+        root.op, root.target, root.args = "call_method", "contiguous", (moved,)
+    else:
+        root.op, root.target, root.args = "call_function", torch.reshape, (output, shape)
     return output
 
 
