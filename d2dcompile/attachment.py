@@ -54,6 +54,10 @@ class State:
             )
         return parameter
 
+    def weights(self) -> list[Any]:
+        """The site's live weights and biases."""
+        return [ref() for ref in self._weights.values()]
+
     def owns(self, weights: Mapping[str, Any]) -> bool:
         """Whether these are the very parameters the site was attached to, by role."""
         return all(ref() is weights.get(role) for role, ref in self._weights.items())
@@ -132,13 +136,20 @@ class State:
         return tuple(values[name] for name in operand_names(self.site))
 
 
-_STATES: dict[int, State] = {}
+_STATES: dict[int, State] = {}  # by the identity of the down weight
+_OWNERS: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()  # of any weight
 
 
 def lookup(parameter: Any) -> State | None:
     """The attached site whose down weight is this very tensor, or None."""
     state = _STATES.get(id(parameter))
     return state if state is not None and state._weights["down"]() is parameter else None
+
+
+def owner(parameter: Any) -> State | None:
+    """The attached site that this very tensor is any weight or bias of, or None."""
+    state = _OWNERS.get(id(parameter))
+    return state if state is not None and any(p is parameter for p in state.weights()) else None
 
 
 def states(model: nn.Module) -> list[State]:
@@ -226,6 +237,7 @@ def register(experts: Experts, weights: Mapping[str, nn.Parameter], is_dense: bo
     down = weights["down"]
     state = State(experts, weights)
     _STATES[id(down)] = state
+    _OWNERS.update((id(weight), state) for weight in weights.values())
     weakref.finalize(down, _forget, id(down), weakref.ref(state))
     return state
 

@@ -21,7 +21,7 @@ from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
 from torch.fx import GraphModule
 
-from .attachment import State, check_tau, lookup, meaning
+from .attachment import State, check_tau, lookup, meaning, owner
 from .capture import Captured, from_dynamo
 from .errors import D2DError, DenseFallbackWarning, NoConversionError, OptionError
 from .ir import Conversion, Miss
@@ -127,13 +127,16 @@ def _warn_of_unmatched(
     """Warn of converted sites whose weights are in the graph, but not as a block that matches."""
     names = {state.site.name for state in running}
     for node, tensor in captured.tensors.items():
-        state = lookup(tensor)
+        state = owner(tensor)
         if state is not None and state.site.name not in names:
+            names.add(state.site.name)
             path = captured.name(node).removesuffix(".weight")
             reasons = [miss.reason for miss in misses if miss.where.split(",")[0] == path]
             why = reasons[0] if reasons else "no linear of this graph reads its down weight"
             warnings.warn(
-                f"Site {state.site.name!r} is converted but runs dense in this graph: {why}.",
+                f"Site {state.site.name!r} is converted but runs dense in this graph: {why}. Its neurons "
+                "are in expert order: code that reads one of its weights alone gets another result than "
+                "before the conversion.",
                 DenseFallbackWarning,
                 stacklevel=2,
             )

@@ -22,7 +22,7 @@ from .config import Config
 from .errors import CalibrationError, CalibrationWarning
 from .explaining import observed
 from .ir import Plan, Site
-from .layout import slabs
+from .layout import overlaps, slabs
 from .plan import plan
 from .probe import Graph, arguments, probing
 from .router import expert_norms, gram
@@ -114,27 +114,59 @@ class Calibrating:
         self.dense: dict[str, str] = {}
         self.batch = 0
         self._running: list[Draft | None] = []
+        self.strangers: set[str] = set()
+        self.storages: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            self.storages.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
         """Draft new sites of the graph, then run it with its blocks observed."""
+        self._note_strangers(graph)
         sites = [found.site for found in graph.matches]
         new = [s for s in sites if s.name not in self.dense and _key(s) not in self.drafts]
         plans = {site.name: plan(site, self.config) for site in new}
         self._budget = self._limit(sites, plans)
         for site in tqdm(new, "cluster", disable=not self.progress or not new, unit="site"):
-            found = plans[site.name]
+            found = self._shared_memory(site) or plans[site.name]
             if isinstance(found, str):
                 self.dense[site.name] = found
             else:
-                self.drafts.setdefault(_key(site), self._draft(site, found))
+                with torch.autocast(self._device(site), enabled=False):
+                    self.drafts.setdefault(_key(site), self._draft(site, found))
         self._running = [self.drafts.get(_key(site)) for site in sites]
         return observed(graph).forward(*args)
+
+    def _note_strangers(self, graph: Graph) -> None:
+        """Remember weights that a graph reads outside of matched blocks: another graph may match them."""
+        matched = {name for found in graph.matches for name in found.site.tensors.values()}
+        captured = graph.captured
+        read = (captured.name(node) for node in captured.tensors if node.users)
+        self.strangers |= set(read) - matched
+
+    def _device(self, site: Site) -> str:
+        return self.parameters[site.params["down"]].device.type
+
+    def _shared_memory(self, site: Site) -> str:
+        """Why a site stays dense whose memory belongs to further parameters, or ""."""
+        own = {id(self.parameters[name]) for name in site.tensors.values()}
+        for name in site.tensors.values():
+            storage = self.parameters[name].untyped_storage().data_ptr()
+            for other in self.storages.get(storage, ()):
+                if id(self.parameters[other]) not in own and overlaps(
+                    self.parameters[name], self.parameters[other]
+                ):
+                    return f"{name} shares memory with {other}"
+        return ""
 
     def seen(self, index: int, x: Tensor, hidden: Tensor) -> None:
         """Sample one block's tokens: x [..., D] and hidden [..., H]."""
         draft = self._running[index]
         if draft is None:
             return
+        with torch.autocast(hidden.device.type, enabled=False):
+            self._sample(draft, x, hidden)
+
+    def _sample(self, draft: Draft, x: Tensor, hidden: Tensor) -> None:
         rows, values = x.reshape(-1, x.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         parts = values.index_select(1, draft.order.to(values.device))
         norms = expert_norms(
@@ -179,8 +211,14 @@ class Calibrating:
 
     def close(self) -> None:
         """Leave sites dense that no token reached; raise if none is left; warn about too few tokens."""
-        for key in [key for key, draft in self.drafts.items() if not draft.sample.seen]:
-            self.dense[self.drafts.pop(key).site.name] = "no calibration token reached it"
+        for key, draft in list(self.drafts.items()):
+            elsewhere = sorted(self.strangers & set(draft.site.tensors.values()))
+            if elsewhere:
+                self.dense[draft.site.name] = f"{elsewhere[0]} is also read outside of the block"
+            elif not draft.sample.seen:
+                self.dense[draft.site.name] = "no calibration token reached it"
+            if draft.site.name in self.dense:
+                del self.drafts[key]
         if not self.drafts:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.dense.items())
             raise CalibrationError(

@@ -49,6 +49,22 @@ def _cast(x: Tensor, dtype: str) -> Tensor:
     return x.to(getattr(torch, dtype))
 
 
+def _pair(a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Two operands as tensors: torch.maximum takes no numbers."""
+    like = a if isinstance(a, Tensor) else b
+    assert isinstance(like, Tensor)
+    first, second = (t if isinstance(t, Tensor) else like.new_full((), t) for t in (a, b))
+    return first, second
+
+
+def _maximum(a: Tensor | float, b: Tensor | float) -> Tensor:
+    return torch.maximum(*_pair(a, b))
+
+
+def _minimum(a: Tensor | float, b: Tensor | float) -> Tensor:
+    return torch.minimum(*_pair(a, b))
+
+
 OPERATORS: dict[str, Operator] = {
     # The usual activations.
     "relu": _op(F.relu),
@@ -89,8 +105,8 @@ OPERATORS: dict[str, Operator] = {
     "sign": _op(torch.sign),
     "pow": _op(operator.pow, 2),
     "clamp": _op(torch.clamp, min=None, max=None),
-    "maximum": _op(torch.maximum, 2),
-    "minimum": _op(torch.minimum, 2),
+    "maximum": _op(_maximum, 2),
+    "minimum": _op(_minimum, 2),
     "where": _op(torch.where, 3),
     "gt": _op(operator.gt, 2),
     "ge": _op(operator.ge, 2),

@@ -97,3 +97,14 @@ def hashes_of(site: Site, weights: Mapping[str, Tensor], order: Tensor) -> dict[
         }
         for role in site.tensors
     }
+
+
+def overlaps(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one storage have memory in common, or may have."""
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return int(t.storage_offset()), int(t.storage_offset() + last)
+
+    (a, b), (c, d) = span(left), span(right)
+    return bool(left.numel() and right.numel() and a <= d and c <= b)

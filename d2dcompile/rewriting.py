@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .attachment import State, lookup, recognise, register
+from .attachment import State, lookup, meaning, recognise, register
 from .capture import Body, Captured, from_graph_module
 from .errors import ConversionMismatchError, NoConversionError
 from .ir import Conversion, Experts, Miss
@@ -173,9 +173,10 @@ def state_of(found: Match, conversion: Conversion | None) -> State | None:
         return None
     weights = found.tensors()
     state = lookup(weights["down"])
-    if state is not None and state.owns(weights):
-        return state
-    return attach_by_weights(conversion, weights) if conversion is not None else None
+    if state is None or not state.owns(weights):
+        state = attach_by_weights(conversion, weights) if conversion is not None else None
+    same = state is not None and state.meaning == meaning(found.activation)
+    return state if same else None
 
 
 def attach_by_weights(conversion: Conversion, weights: Mapping[str, Tensor]) -> State | None:

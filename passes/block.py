@@ -72,7 +72,16 @@ def check(view: View, down: Linear, region: Region, accept: Sequence[str] = ()) 
     for node in inside - {down.node}:
         if any(user not in inside for user in view.users(node)):
             return Miss(node, "a hidden value is used outside of the block")
-    return changed_in_place(view, (leaf.x for leaf in leaves), inside, down.node)
+    if _grad_mode_changes(view, inside):
+        return Miss(down.node, "gradients are switched on or off between its matrices")
+    read = (*(leaf.x for leaf in leaves), *region.scalars.values())
+    return changed_in_place(view, read, inside, down.node)
+
+
+def _grad_mode_changes(view: View, inside: set[Node]) -> bool:
+    """Whether torch.no_grad() begins or ends between the calls of a block."""
+    places = [view.order[node] for node in inside]
+    return any(min(places) < place < max(places) for place in view.grad_switches)
 
 
 def _is_low_rank(view: View, update: Linear, others: list[Linear]) -> bool:
@@ -104,6 +113,8 @@ def _same_rows(down: Linear, leaves: list[Linear], region: Region) -> bool:
     it is the input's.
     """
     shapes = [shape_of(leaf.x) for leaf in leaves]
+    if down.axis == -1 and not all(_keeps_lead(linear) for linear in (down, *leaves)):
+        return False  # a weight with leading axes of its own adds them to the product
     if shape_of(down.node) is not None and None not in shapes:
         return all(_same_lead(shape, shapes[0]) for shape in shapes if shape and shapes[0])
     if down.axis != -1:
@@ -111,6 +122,11 @@ def _same_rows(down: Linear, leaves: list[Linear], region: Region) -> bool:
     flat = all(op_name(linear.node) in ("addmm", "mm") for linear in (down, *leaves))
     same_x = len({leaf.x for leaf in leaves}) == 1
     return flat or (same_x and not any(op_name(node) in VIEWS for node in region.nodes))
+
+
+def _keeps_lead(linear: Linear) -> bool:
+    before, after = shape_of(linear.x), shape_of(linear.node)
+    return before is None or after is None or _same_lead(before, after)
 
 
 def _same_lead(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:

@@ -78,6 +78,11 @@ class View:
         return {node: index for index, node in enumerate(self.captured.gm.graph.nodes)}
 
     @cached_property
+    def grad_switches(self) -> list[int]:
+        """The positions at which the graph turns gradients on or off."""
+        return [i for node, i in self.order.items() if op_name(node) == "_set_grad_enabled"]
+
+    @cached_property
     def nodes_of(self) -> dict[int, list[Node]]:
         """The nodes that stand for each parameter, by the parameter's identity."""
         found: dict[int, list[Node]] = {}

@@ -18,7 +18,7 @@ Visit = Callable[..., Expr]  # of an operand, and the call that reads it
 
 def operator_of(node: Node, name: str, visit: Visit) -> Expr:
     """The expression of a call of an elementwise operator; `visit` gives those of its operands."""
-    if name in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
+    if name in ("add", "sub", "rsub") and node.kwargs.get("alpha", 1) != 1:
         raise Refuse(node, f"{name} with alpha is not supported between the matrices")
     args = list(node.args) + [node.kwargs[k] for k in ("other", "exponent") if k in node.kwargs]
     if "input" in node.kwargs:
@@ -35,17 +35,16 @@ def operator_of(node: Node, name: str, visit: Visit) -> Expr:
     tensors = tuple(visit(arg, node) for arg in args[: known.tensors])
     tensors = _promoted(node, args[: known.tensors], tensors)
     params = _params(node, name, args[known.tensors :])
-    if name in ("maximum", "minimum"):
-        return _extreme(name, tensors)
     return Expr(name, tensors, params)
 
 
 def _between(node: Node, args: list[Any], visit: Visit) -> Expr:
     """A clamp whose bounds are scalars of the model, not numbers in its code."""
     value = visit(args[0])
-    for name, bound in zip(("maximum", "minimum"), _bounds(node, args), strict=True):
-        if bound is not None:
-            value = _extreme(name, (value, visit(bound, node)))
+    for outside, bound in zip(("lt", "gt"), _bounds(node, args), strict=True):
+        if bound is not None:  # keeps NaN, and the gradient at the bound itself, as clamp does
+            limit = visit(bound, node)
+            value = Expr("where", (Expr(outside, (value, limit)), limit, value))
     return value
 
 
@@ -66,7 +65,8 @@ def _promoted(node: Node, args: list[Any], tensors: tuple[Expr, ...]) -> tuple[E
 def _params(node: Node, name: str, rest: list[Any]) -> tuple[tuple[str, Any], ...]:
     """Named parameters that differ from their defaults; a trailing `inplace` is dropped."""
     known = OPERATORS[name]
-    if len(rest) > len(known.params) + (known.tensors == 1):
+    more = rest[len(known.params) :]  # a trailing `inplace` at most
+    if len(more) > 1 or (more and (known.tensors != 1 or not isinstance(more[0], bool))):
         raise Refuse(node, f"{name} has {len(rest)} parameters; expected {len(known.params)}")
     values = dict(zip(known.params, rest, strict=False))
     values.update({k: v for k, v in node.kwargs.items() if k in known.params})
@@ -96,12 +96,3 @@ def _bounds(node: Node, args: list[Any]) -> tuple[Any, Any]:
     """The lower and upper bound of a clamp, None where there is none."""
     low, high = (*args[1:], None, None)[:2]
     return node.kwargs.get("min", low), node.kwargs.get("max", high)
-
-
-def _extreme(name: str, tensors: tuple[Expr, ...]) -> Expr:
-    """maximum or minimum; against a number it is a clamp, which takes numbers."""
-    for value, limit in (tensors, tensors[::-1]):
-        if limit.op == "const":
-            side = "min" if name == "maximum" else "max"
-            return Expr("clamp", (value,), ((side, limit.args[0]),))
-    return Expr(name, tensors)

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 _OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "setitem")
 _ALIASING = (  # calls whose result may share memory with their first argument
     "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view", "contiguous",
-    "identity", "detach", "alias", "dropout", "chunk", "split", "split_with_sizes", "tensor_split",
+    "identity", "detach", "alias", "dropout", "movedim", "moveaxis", "ravel", "as_strided", "broadcast_to",
+    "unsafe_chunk", "unsafe_split", "unfold", "real", "imag", "data", "hsplit", "vsplit", "dsplit",
+    "atleast_1d", "atleast_2d", "atleast_3d", "reshape_as", "view_as_real", "view_as_complex", "conj",
+    "resolve_conj", "resolve_neg", "positive", "lift_fresh_copy", "native_dropout",
+    "chunk", "split", "split_with_sizes", "tensor_split",
     "getitem", "slice", "narrow", "select", "unbind", "expand", "view_as", "diagonal",
     *CASTS, *TRANSPOSES,
 )  # fmt: skip
@@ -43,8 +47,8 @@ def changed_in_place(view: View, x: Iterable[Node], inside: set[Node], root: Nod
 def mutations(view: View) -> list[tuple[Node, Node]]:
     """Each in-place call of a graph with the origin of the value it changes."""
     if view.mutations is None:
-        changes = ((node, changed_by(node)) for node in view.order)
-        view.mutations = [(node, origin(value)) for node, value in changes if value is not None]
+        changes = ((node, value) for node in view.order for value in all_changed_by(node))
+        view.mutations = [(node, origin(value)) for node, value in changes]
     return view.mutations
 
 
@@ -75,6 +79,19 @@ def memory_of(view: View, call: Node, value: Node) -> Node | None:
     return memory if value in written(view, memory) else None
 
 
+def all_changed_by(node: Node) -> list[Node]:
+    """The values that a call changes in place; `torch._foreach_mul_` changes a list of them."""
+    if op_name(node).startswith("_foreach"):
+        name = getattr(node.target, "__name__", "")
+        return list(_flat(node.args[0])) if name.split(".")[0].endswith("_") else []
+    value = changed_by(node)
+    return [] if value is None else [value]
+
+
+def _flat(values: Any) -> list[Node]:
+    return [v for v in values if isinstance(v, Node)] if isinstance(values, (list, tuple)) else []
+
+
 def changed_by(node: Node) -> Node | None:
     """The value that a call changes in place, or None."""
     target: Any = node.target
@@ -92,6 +109,8 @@ def _is_inplace(node: Node, target: Any) -> bool:
         return False
     if (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _OPERATORS:
         return True
+    if op_name(node) in ("dropout", "alpha_dropout", "feature_dropout") and len(node.args) > 3:
+        return node.args[3] is True  # nn.Dropout(inplace=True) passes it by position
     known = OPERATORS.get(op_name(node))
     positional = known is not None and len(node.args) > known.tensors + len(known.params)
     return node.kwargs.get("inplace") is True or (positional and node.args[-1] is True)

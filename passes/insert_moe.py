@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..ir import Site
@@ -77,11 +78,11 @@ def insert_moe(
         mask = graph.call_function(gate.overload, (scores, operands["tau"]))
         lists = graph.call_function(dispatch.overload, (mask,))
         tokens, offsets = (graph.call_function(getitem, (lists, i)) for i in (0, 1))
-        noise = _noise(graph, match, at) if match.noise is not None else None
+    noise = _noise(graph, match, at) if match.noise is not None else None
     args = (x, tokens, offsets, *map(slabs.get, SLABS), noise, scalars, match.activation)
     stand_ins = _StandIns(graph, match, at)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
-    output = _output(graph, root, args, axis, rows)
+    output = _output(graph, root, args, axis, rows, _is_channels_last(match.root))
     for node in reversed(match.inside[:-1]):
         for user in list(at(node).users):
             _erase_shape_reader(graph, user)
@@ -106,7 +107,12 @@ def _inputs(
 
 
 def _output(
-    graph: Graph, root: Node, args: tuple[Any, ...], axis: int | None, rows: Node | None
+    graph: Graph,
+    root: Node,
+    args: tuple[Any, ...],
+    axis: int | None,
+    rows: Node | None,
+    channels_last: bool,
 ) -> Node:
     """Let the block's last node compute the experts' output; returns the expert_mlp call.
 
@@ -122,31 +128,43 @@ def _output(
         return root
     with graph.inserting_before(root):
         output = graph.call_function(expert_mlp.overload, args)
-        if rows is None:  # contiguous as a convolution's: dropout after it draws in memory order
+        if rows is None:
             moved = graph.call_function(torch.movedim, (output, -1, axis))
         else:
             size = graph.call_method("size", (rows,))
             lead = graph.call_function(getitem, (size, slice(None, -1)))
             shape = graph.call_function(add, (lead, (-1,)))
     root.kwargs = {}
-    if rows is None:
+    if rows is None and channels_last:
+        root.op, root.target, root.args = "call_function", torch.movedim, (output, -1, axis)
+        graph.erase_node(moved)
+    elif rows is None:  # as a convolution's output: dropout after it draws in memory order
         root.op, root.target, root.args = "call_method", "contiguous", (moved,)
     else:
         root.op, root.target, root.args = "call_function", torch.reshape, (output, shape)
     return output
 
 
+def _is_channels_last(node: Node) -> bool:
+    """Whether a convolution's captured output has its features innermost in memory."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return isinstance(value, Tensor) and value.dim() > 2 and not value.is_contiguous()
+
+
 def _noise(graph: Graph, match: Match, at: Callable[[Node], Node]) -> Node:
-    """What active dropout multiplies by, [..., H]: drawn as the dense block draws it, in its order."""
-    call, down = match.noise, match.linears[-1]
+    """What active dropout multiplies by, [..., H]: drawn where and as the dense block draws it."""
+    call, axis = match.noise, match.linears[-1].axis
     assert call is not None
-    dtype = dtype_of(call)
+    dtype, p = dtype_of(call), argument(call, 1, "p", 0.5)
     shape = _StandIns(graph, match, at)[call]
-    ones = graph.call_method("new_ones", (shape, ()), {} if dtype is None else {"dtype": dtype})
-    full = graph.call_method("expand_as", (ones, shape))
-    p = argument(call, 1, "p", 0.5)
-    noise = graph.call_function(F.dropout, (full, p, True))
-    return noise if down.axis == -1 else graph.call_function(torch.movedim, (noise, down.axis, -1))
+    with graph.inserting_before(at(call)):
+        moves = axis not in (None, -1)
+        if moves and _is_channels_last(call):
+            shape, moves = graph.call_function(torch.movedim, (shape, axis, -1)), False
+        ones = graph.call_method("new_ones", (shape, ()), {} if dtype is None else {"dtype": dtype})
+        full = graph.call_method("expand_as", (ones, shape))
+        noise = graph.call_function(F.dropout, (full, p, True))
+        return graph.call_function(torch.movedim, (noise, axis, -1)) if moves else noise
 
 
 def _erase_shape_reader(graph: Graph, node: Node) -> None:

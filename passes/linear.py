@@ -181,6 +181,9 @@ class _Reader:
                 self.refused[node] = Miss(node, "its bias is not a parameter of its own")
                 return None
         d_out, d_in = reversed(tensor.shape) if transposed else tensor.shape
+        if bias is not None and tuple(self.parameter(bias).shape) != (d_out,):
+            self.refused[node] = Miss(node, "its bias is not one value per feature")
+            return None
         return Linear(node, x, found, bias, transposed, d_in, d_out)
 
     def _matrix(self, weight: Any) -> tuple[Node | None, bool]:

@@ -14,6 +14,7 @@ from ..ir import Miss
 from .base import Match, Unfit
 from .block import check, make, whole
 from .canonicalize import View
+from .halves import Leaf
 from .linear import Linear
 from .region import Region, walk
 
@@ -41,7 +42,7 @@ class MatchGLU:
             sizes = {first.linear.d_out, second.linear.d_out, down.d_in}
             roles = {names[v]: leaf.linear for v, leaf in region.leaves.items()}
             roles = {role: roles[role] for role in ("gate", "up")}
-        elif first.linear is second.linear and {first.half, second.half} == {0, 1}:
+        elif first.linear is second.linear and _are_halves(first, second):
             sizes = {first.linear.d_out // 2, down.d_in}
             roles = {"gate_up": first.linear}
         else:
@@ -56,6 +57,10 @@ class MatchGLU:
         if problem is not None:
             return problem
         return make(view, self.kind, down, region, roles, names)
+
+
+def _are_halves(first: Leaf, second: Leaf) -> bool:
+    return {first.half, second.half} == {0, 1} and first.interleaved == second.interleaved
 
 
 def _names(view: View, region: Region) -> dict[str, str]:

@@ -58,6 +58,8 @@ def _around(reach: Reach, core: Core) -> list[tuple[Node, str]]:
         back = reach.back(operand)
         if not isinstance(back, Conflict):
             found += [(linear, role) for linear in back]
+    if core.weights is not None and {role for _, role in found} == {"k"}:
+        return []  # nothing projected asks: a soft assignment, not attention
     return [*found, *((linear, "o") for linear in reach.forward(core.out, core.weights))]
 
 

@@ -20,7 +20,7 @@ _ALIASES = {
     "clamp_min": "clamp", "special_erf": "erf", "special_expit": "sigmoid", "swish": "silu",
     "where_self": "where", "_threshold": "threshold", "_to_copy": "to", "type": "to", "expand_as": "expand",
 }  # fmt: skip
-IDENTITIES = ("contiguous", "clone", "identity", "detach", "alias", "lift_fresh_copy")
+IDENTITIES = ("contiguous", "clone", "identity", "alias", "lift_fresh_copy")
 VIEWS = (
     "view", "reshape", "flatten", "unsqueeze", "squeeze", "_unsafe_view", "unflatten", "reshape_as",
     "view_as",

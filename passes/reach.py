@@ -29,7 +29,7 @@ from .names import (
 )
 
 _MOVES = (
-    "cat", "stack", "concat", "getitem", "slice", "select", "narrow", "chunk", "split", "unbind",
+    "cat", "stack", "concat", "detach", "getitem", "slice", "select", "narrow", "chunk", "split", "unbind",
     "split_with_sizes", "tensor_split", "expand", "repeat", "repeat_interleave", "broadcast_to",
     "masked_fill", "dropout", "pad", "roll", "flip", "as_strided", "unfold", "gather", "index_select",
     "index", "view_as_complex", "view_as_real", "movedim", "moveaxis", "tile", "tril", "triu", "take",

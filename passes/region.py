@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ..errors import ExpressionError
@@ -126,6 +127,11 @@ class _Walker:
             raise Refuse(node, "the activation reads a tensor that is not one number")
         if name in IDENTITIES:
             return self.visit(node.args[0])
+        if name == "detach":
+            inner = self.visit(node.args[0])
+            if inner.variables():
+                raise Refuse(node, "detach between the matrices stops the gradient")
+            return inner
         if name in ("dropout", "native_dropout", "feature_dropout"):
             return self._dropout(node)
         if name in VIEWS:
@@ -174,8 +180,11 @@ class _Walker:
         if training and argument(node, 1, "p", 0.5) != 0:
             if op_name(node) != "dropout":
                 raise Refuse(node, f"active {op_name(node)} between the matrices")
+            inner = self.visit(node.args[0])
+            if not inner.neurons():
+                raise Refuse(node, "active dropout of something else than hidden values")
             self.region.noise.append(node)
-            return Expr("mul", (self.visit(node.args[0]), var("noise")))
+            return Expr("mul", (inner, var("noise")))
         return self.visit(node.args[0])
 
     def _reshape(self, node: Node) -> Expr:
@@ -188,11 +197,15 @@ class _Walker:
             keeps = op_name(node) in ("view", "reshape") and (isinstance(last, Node) or last == -1)
         else:
             keeps = bool(before and after) and same_size(before[-1], after[-1])
-        if not keeps:
+        inner = self.visit(source)
+        other_type = dtype_of(source) != dtype_of(node) or any(
+            isinstance(arg, torch.dtype) for arg in node.args
+        )
+        if not keeps or other_type or (before != after and not inner.neurons()):
             raise Refuse(node, "hidden features are rearranged between the matrices")
         if before != after:
             self.region.reshaped = node
-        return self.visit(source)
+        return inner
 
     def _cast(self, node: Node) -> Expr:
         source = node.args[0]

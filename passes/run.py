@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,30 +31,45 @@ def match_all(
     run several times give several matches with one site name. Time is linear in the number of nodes:
     each linear is walked back from once per rule.
     """
-    matches, misses = _match_graph(captured, rules, graph_rules)
+    views = list(_views(captured))
+    found = [_match_blocks(view, rules) for view in views]
+    misses = {node: miss for _, missed in found for node, miss in missed.items()}
+    blocks = exclusive(views, [match for matches, _ in found for match in matches], misses)
+    matches: list[Match] = []
+    named: list[Miss] = []
+    for view in views:
+        own = [match for match in blocks if match.captured is view.captured]
+        own, missed = _match_rest(view, own, misses, graph_rules)
+        matches += own
+        named += missed
+    return _unique_names(matches), named
+
+
+def _views(captured: Captured) -> Iterator[View]:
+    yield View(captured)
     for body in captured.bodies:
-        inner, missed = match_all(body.captured, rules, graph_rules)
-        matches += inner
-        misses += missed
-    return _unique_names(matches), misses
+        yield from _views(body.captured)
 
 
-def _match_graph(
-    captured: Captured, rules: Sequence[Rule], graph_rules: Sequence[GraphRule]
+def _match_rest(
+    view: View,
+    matches: list[Match],
+    misses: dict[Node, Miss],
+    graph_rules: Sequence[GraphRule],
 ) -> tuple[list[Match], list[Miss]]:
-    view = View(captured)
-    matches, misses = _match_blocks(view, rules)
+    """All matches of one graph in execution order, given its blocks, and its misses with their places."""
+    own = {node: miss for node, miss in misses.items() if node in view.linears}
     for rule in graph_rules:
         found, missed = rule.find(view, {part.node for m in matches for part in m.linears})
-        matches += found
-        misses.update(missed)
-    matches.sort(key=lambda match: view.order[match.root])
+        matches = matches + found
+        own.update(missed)
+    matches = sorted(matches, key=lambda match: view.order[match.root])
     inside = {part.node for match in matches for part in match.linears}
     named = [
         replace(
             miss, where=where(_weight_name(view, node), miss.node), weight=_weight_name(view, node)
         )
-        for node, miss in {**misses, **view.unusable}.items()
+        for node, miss in {**own, **view.unusable}.items()
         if node not in inside
     ]
     return matches, named
@@ -84,7 +99,7 @@ def _match_blocks(view: View, rules: Sequence[Rule]) -> tuple[list[Match], dict[
                 continue
             found = Miss(node, f"shares a linear with the block {other.site.name!r}")
         misses[node] = found
-    return exclusive(view, matches, misses), misses
+    return matches, misses
 
 
 def _first(view: View, linear: Linear, rules: Sequence[Rule]) -> Match | Miss:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
 
@@ -15,19 +15,22 @@ _RESHAPES = (*TRANSPOSES, "unsqueeze", "expand", "broadcast_to")  # of a weight,
 _Roles = frozenset[tuple[str, int]]  # a block's weights by role and identity
 
 
-def exclusive(view: View, matches: list[Match], misses: dict[Node, Miss]) -> list[Match]:
-    """Drop blocks whose weights are read by anything but the same role of the same block."""
+def exclusive(views: Sequence[View], matches: list[Match], misses: dict[Node, Miss]) -> list[Match]:
+    """Drop blocks whose weights are read by anything but the same role of the same block.
+
+    views: of the graph and of its bodies, whose matches these are.
+    """
     readers: dict[int, set[Node]] = {}
     owners: dict[int, set[_Roles]] = {}
     for match in matches:
-        weights = _identities(view, match)
+        weights = _identities(match)
         for weight in weights.values():
             nodes = (node for part in match.linears for node in (*part.parts, part.node))
             readers.setdefault(weight, set()).update(nodes)
             owners.setdefault(weight, set()).add(frozenset(weights.items()))
     kept = []
     for match in matches:
-        problem = _shared(view, match, readers, owners)
+        problem = _shared(views, match, readers, owners)
         if problem is None:
             kept.append(match)
         else:
@@ -35,24 +38,29 @@ def exclusive(view: View, matches: list[Match], misses: dict[Node, Miss]) -> lis
     return kept
 
 
-def _identities(view: View, match: Match) -> dict[str, int]:
+def _identities(match: Match) -> dict[str, int]:
     """The block's parameters by identity: symbolic_trace makes a node of each use of one."""
-    tensors = view.captured.tensors
+    tensors = match.captured.tensors
     return {role: id(tensors[node]) for role, node in match.weights.items() if role[0] != "p"}
 
 
 def _shared(
-    view: View,
+    views: Sequence[View],
     match: Match,
     readers: Mapping[int, set[Node]],
     owners: Mapping[int, set[_Roles]],
 ) -> Miss | None:
     """Why permuting the block's neurons in place would change something else, or None."""
-    identities = _identities(view, match)
+    identities = _identities(match)
     if len(set(identities.values())) < len(identities) and not _tied(match, identities):
         return Miss(match.root, "two of its matrices are one parameter")
     for weight in identities.values():
-        uses = (user for node in view.nodes_of[weight] for user in _readers(view, node))
+        uses = (
+            user
+            for view in views
+            for node in view.nodes_of.get(weight, ())
+            for user in _readers(view, node)
+        )
         strangers = [user for user in uses if user not in readers[weight]]
         if strangers:
             return Miss(strangers[0], "its weight is also used outside of the block")
@@ -82,7 +90,10 @@ def _counted(identities: Mapping[str, int]) -> dict[int, int]:
 
 
 def _readers(view: View, weight: Node) -> Iterable[Node]:
+    bodies = [body.call for body in view.captured.bodies]
     for user in view.users(weight):
+        if user in bodies:
+            continue  # which only hands it on
         if op_name(user) in _RESHAPES:
             yield from _readers(view, user)
         else:

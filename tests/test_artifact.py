@@ -610,7 +610,7 @@ def test_site_without_tensors_and_tensors_without_site_are_refused(folder):
         "relu(up) * p0 * q1",
         "relu(up, p0)",
         "gelu(p0 * up, approximate='fast')",
-        "p0 * up + maximum(up, 0.0)",  # torch.maximum takes tensors only
+        "p0 * up + prelu(up, 0.5)",  # prelu takes tensors only
         "threshold(up * p0)",  # lacks its parameters
         "1.0",
         "p0",

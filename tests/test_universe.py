@@ -25,6 +25,14 @@ NORM_INSIDE = {  # a norm between the matrices: experts would need the values of
 }
 
 
+NO_EXPERTS = {  # equal, but not run as experts throughout
+    "hf/bloom": "its GELU is an autograd.Function, opaque in training",
+    "hf/bloom-eager": "the same",
+    "hf/ibert": "quantises through autograd.Functions",
+    "hf/higgs_audio_v2": "no calibration token reaches its audio blocks",
+}.keys()
+
+
 def check(case: Case) -> None:
     found = score(case)
     assert not found.error, found.error
@@ -60,4 +68,7 @@ def test_the_recorded_run_of_the_whole_universe_meets_its_goals() -> None:
     assert run["by_group"]["hf"] >= 200
     assert run["found_blocks"] >= 0.98 * run["visible_blocks"]
     assert run["found_projections"] >= 0.97 * run["visible_projections"]
-    assert run["dense_sites"] == 0 and run["inductor"] >= 40
+    assert run["found_blocks"] >= 0.98 * run["blocks"]
+    assert run["found_projections"] >= 0.97 * run["projections"]
+    assert run["inductor_equal"] == run["inductor"] >= 40
+    assert set(run["unequal"]) == NO_EXPERTS

@@ -202,9 +202,9 @@ FORMS: dict[str, Form] = {
     "clamp_min_function": act_form(lambda h: torch.clamp_min(h, 0.0), "clamp(up, min=0.0)"),
     "clamp_both": act_form(lambda h: torch.clamp(h, -1.0, 2.0), "clamp(up, min=-1.0, max=2.0)"),
     "maximum_of_constant": act_form(
-        lambda h: torch.maximum(h, torch.tensor(0.25)), "clamp(up, min=0.25)"
+        lambda h: torch.maximum(h, torch.tensor(0.25)), "maximum(up, 0.25)"
     ),
-    "max_of_zeros": act_form(lambda h: torch.max(torch.zeros_like(h), h), "clamp(up, min=0.0)"),
+    "max_of_zeros": act_form(lambda h: torch.max(torch.zeros_like(h), h), "maximum(0.0, up)"),
     "minimum_of_two": act_form(lambda h: torch.minimum(h, -h), "minimum(up, -up)"),
     "where_number": act_form(lambda h: torch.where(h > 0, h, 0.0), "where(gt(up, 0), up, 0.0)"),
     "where_zeros": act_form(lazily_where, "where(gt(up, 0), up, 0.0)"),

@@ -147,6 +147,12 @@ def pooled_gate(m: Net, x: Tensor) -> Tensor:
     return x * torch.sigmoid(m.down(F.relu(m.up(x.mean(1, keepdim=True)))))
 
 
+def partly_without_gradients(m: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = F.relu(m.up(x))
+    return m.down(h)
+
+
 def attend(m: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -372,6 +378,22 @@ NEAR: dict[str, Near] = {
     "two_dropouts": between(
         lambda h: F.dropout(F.relu(F.dropout(h, 0.5)), 0.5),
         "several active dropouts between the matrices",
+    ),
+    "detached": between(
+        lambda h: h * torch.sigmoid(h.detach()), "detach between the matrices stops the gradient"
+    ),
+    "dropout_of_a_scalar": near(
+        "active dropout of something else than hidden values",
+        lambda m, x: m.down(F.relu(m.up(x)) * F.dropout(m.scale, 0.5)),
+        parts=lambda: {"scale": nn.Parameter(torch.ones(1))},
+    ),
+    "no_grad_between": near(
+        "gradients are switched on or off between its matrices", partly_without_gradients, grad=True
+    ),
+    "odd_bias": near(
+        "its bias is not one value per feature",
+        lambda m, x: F.linear(x, m.square.weight, m.scale),
+        parts=lambda: {"scale": nn.Parameter(torch.ones(1))},
     ),
     "feature_dropout": between(
         lambda h: torch.feature_dropout(F.relu(h), 0.5, True),
