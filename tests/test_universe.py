@@ -72,3 +72,18 @@ def test_the_recorded_run_of_the_whole_universe_meets_its_goals() -> None:
     assert run["found_projections"] >= 0.97 * run["projections"]
     assert run["inductor_equal"] == run["inductor"] >= 40
     assert set(run["unequal"]) == NO_EXPERTS
+
+
+def test_the_readme_quotes_the_recorded_run() -> None:
+    run = json.loads(RESULTS.read_text())
+    readme = " ".join((RESULTS.parents[2] / "README.md").read_text().split())
+    for quote in (
+        f"{run['models']} small models",
+        f"{run['found_blocks']:,} of {run['blocks']:,} feed-forward blocks",
+        f"{run['found_projections']:,} of {run['projections']:,} projections",
+        f"{run['converted']} models have blocks that are converted ({run['sites']:,} sites)",
+        f"{run['inductor_equal']} were compared under Inductor",
+        f"{run['worst_eval_fp64']:.1e} in fp64",
+        f"with gradients ({run['worst_grad_fp64']:.1e})",
+    ):
+        assert quote in readme, quote
