@@ -54,9 +54,9 @@ class State:
             )
         return parameter
 
-    def weights(self) -> list[Any]:
-        """The site's live weights and biases."""
-        return [ref() for ref in self._weights.values()]
+    def weights(self) -> dict[str, nn.Parameter | None]:
+        """The site's weights and biases by role, None for those that exist no more."""
+        return {role: ref() for role, ref in self._weights.items()}
 
     def owns(self, weights: Mapping[str, Any]) -> bool:
         """Whether these are the very parameters the site was attached to, by role."""
@@ -149,7 +149,11 @@ def lookup(parameter: Any) -> State | None:
 def owner(parameter: Any) -> State | None:
     """The attached site that this very tensor is any weight or bias of, or None."""
     state = _OWNERS.get(id(parameter))
-    return state if state is not None and any(p is parameter for p in state.weights()) else None
+    return (
+        state
+        if state is not None and any(p is parameter for p in state.weights().values())
+        else None
+    )
 
 
 def states(model: nn.Module) -> list[State]:

@@ -126,13 +126,16 @@ def _warn_of_unmatched(
 ) -> None:
     """Warn of converted sites whose weights are in the graph, but not as a block that matches."""
     names = {state.site.name for state in running}
-    for node, tensor in captured.tensors.items():
+    reasons: dict[str, str] = {}
+    for miss in misses:
+        reasons.setdefault(miss.weight, miss.reason)
+    by_weight = {id(tensor): captured.name(node) for node, tensor in captured.tensors.items()}
+    for tensor in captured.tensors.values():
         state = owner(tensor)
         if state is not None and state.site.name not in names:
             names.add(state.site.name)
-            path = captured.name(node).removesuffix(".weight")
-            reasons = [miss.reason for miss in misses if miss.where.split(",")[0] == path]
-            why = reasons[0] if reasons else "no linear of this graph reads its down weight"
+            down = by_weight.get(id(state.weights()["down"]), "")
+            why = reasons.get(down, "no linear of this graph reads its down weight")
             warnings.warn(
                 f"Site {state.site.name!r} is converted but runs dense in this graph: {why}. Its neurons "
                 "are in expert order: code that reads one of its weights alone gets another result than "
