@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 OUT = ROOT / "out" / "universe"
+SLOW = {"hf/timesfm2_5"}  # dense Inductor alone does not finish it in 150 s
 RESULT = ROOT / "benchmarks" / "results" / "universe.json"
 
 
@@ -38,6 +39,7 @@ def run(patterns: list[str], part: int, parts: int, inductor: int, rescore: bool
     cases = select(all_cases(), patterns)
     with_blocks = [case for case in cases if case.name.startswith(("hf/", "form/", "nn/"))]
     sample = {case.name for case in with_blocks[:: max(1, len(with_blocks) // max(inductor, 1))]}
+    sample -= SLOW
     for case in cases[part::parts]:
         path = OUT / f"{case.name.replace('/', '__')}.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -49,7 +51,7 @@ def run(patterns: list[str], part: int, parts: int, inductor: int, rescore: bool
             found["equal"] = {**asdict(equal), "problems": equal.problems()}
         wanted = case.name in sample and found.get("equal", {}).get("sites")
         if wanted and "inductor" not in found:
-            lowered = equality(case, "inductor", training=False)
+            lowered = equality(case, "inductor")
             found["inductor"] = {**asdict(lowered), "problems": lowered.problems()}
         if set(found) == before:
             continue
@@ -89,17 +91,11 @@ def summary(cases: dict[str, Any]) -> dict[str, Any]:
         "worst_eval_fp64": max((e["eval"] for e in wide), default=0),
         "worst_grad_fp64": max((e["grad"] for e in wide if not e.get("random")), default=0),
         "inductor": sum(e["sites"] > 0 for e in lowered.values()),
-        "inductor_equal": sum(
-            e["sites"] > 0 and all("training" in p for p in e["problems"]) for e in lowered.values()
-        ),
+        "inductor_equal": sum(e["sites"] > 0 and not e["problems"] for e in lowered.values()),
         "missed": {n: c["score"]["missed"] for n, c in cases.items() if c["score"]["missed"]},
         "false_sites": {n: c["score"]["false"] for n, c in cases.items() if c["score"]["false"]},
         "unequal": {n: e["problems"] for n, e in equal.items() if e["problems"]},
-        "inductor_unequal": {
-            n: [p for p in e["problems"] if "training" not in p]
-            for n, e in lowered.items()
-            if any("training" not in p for p in e["problems"])
-        },
+        "inductor_unequal": {n: e["problems"] for n, e in lowered.items() if e["problems"]},
     }
 
 

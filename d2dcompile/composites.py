@@ -28,10 +28,11 @@ def composite(target: Any) -> Callable[[Meaning], Meaning]:
 
     target: what the graph's node calls: a function such as `mylib.fused_mlp`, or an operator overload
     such as `torch.ops.mylib.fused_mlp.default`. The decorated function takes the same arguments and
-    returns one tensor (or the same tuple); it is run with symbolic tensors, so it must not branch on
-    tensor values. It replaces the call in graphs that are rewritten: it has to compute the same.
+    returns one tensor; it is run with symbolic tensors, so it must not branch on tensor values. It
+    replaces the call in graphs that are rewritten: it has to compute the same.
 
-    Raises TypeError if target cannot be called.
+    Raises TypeError if target cannot be called, and, when a graph is captured, if the function returns
+    anything but one tensor.
     """
     if not callable(target):
         raise TypeError(
@@ -98,6 +99,11 @@ def expand(graph: Graph, node: Node, where: Mapping[Node, Node]) -> Node | None:
 
     before = len(graph.nodes)
     result = meaning(*proxy(node.args), **proxy(node.kwargs))
+    if not isinstance(result, Proxy):
+        raise TypeError(
+            f"The meaning {meaning.__name__!r} of {node.target} returned a {type(result).__name__}; "
+            "expected one tensor. Register calls of one output only."
+        )
     for made in list(graph.nodes)[before:]:
         made.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         _infer(made)

@@ -170,7 +170,7 @@ class Explaining:
     def report(self, model: nn.Module) -> Report:
         """The report of everything seen, and of the model's linear modules that were not."""
         for name in _linear_modules(model):
-            if not any(name == weight for weight in self.weights):
+            if name not in self.weights:
                 self.misses[name, UNSEEN] = Miss(None, UNSEEN, name.removesuffix(".weight"), name)
 
         def share(*weights: str) -> float:
@@ -205,7 +205,8 @@ def _leaves(node: Node) -> bool:
         for user in stack.pop().users:
             if user.op == "output":
                 return True
-            if user not in seen and op_name(user) in TRANSPARENT - {"add"}:
+            name = op_name(user)
+            if user not in seen and name in TRANSPARENT and name != "add":
                 seen.add(user)
                 stack.append(user)
     return False

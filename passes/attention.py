@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..expr import OPERATORS
+from ..operators import OPERATORS
 from .canonicalize import View
 from .inplace import memory_of, written
 from .linear import is_matrix_transpose
@@ -81,7 +81,7 @@ def cores(view: View) -> Iterator[Core | Packed]:
             operands = [argument(node, i, n) for i, n in enumerate(FUSED[name])]
             if all(isinstance(operand, Node) for operand in operands):
                 q, k, v = operands
-            yield Core(q, k, v, node)
+                yield Core(q, k, v, node)
         elif name in PACKED and node.op == "call_function":
             yield _packed(node, PACKED[name])
         elif name in ("softmax", "sparsemax"):

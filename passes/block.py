@@ -171,19 +171,20 @@ def make(
         interleaved=any(leaf.interleaved for leaf in fused),
     )
     parts = {node for linear in linears.values() for node in (*linear.parts, linear.node)}
+    up = next(iter(roles.values()))
     return Match(
-        view.captured,
-        site,
-        next(iter(roles.values())).x,
-        down.node,
-        {**weights, **biases, **owned},
-        tuple(linears.values()),
-        tuple(sorted({*region.nodes, *parts}, key=view.order.__getitem__)),
-        str(expression),
-        tuple(region.scalars.values()),
-        region.noise[0] if region.noise else None,
-        _computed_in(view, down),
-        _reshaped(next(iter(roles.values())), down),
+        captured=view.captured,
+        site=site,
+        x=up.x,
+        root=down.node,
+        weights={**weights, **biases, **owned},
+        linears=tuple(linears.values()),
+        inside=tuple(sorted({*region.nodes, *parts}, key=view.order.__getitem__)),
+        activation=str(expression),
+        scalars=tuple(region.scalars.values()),
+        noise=region.noise[0] if region.noise else None,
+        dtype=_computed_in(view, down),
+        reshaped=_reshaped(up, down),
     )
 
 

@@ -62,9 +62,7 @@ class View:
                 if node not in self.captured.tensors and not is_buffer(node):
                     found.add(node)
             elif op_name(node) == "embedding":
-                found.add(
-                    node
-                )  # of token ids, which a model may make itself, such as a first token
+                found.add(node)  # of tokens, the first of which a model may make itself
             elif op_name(node) not in SHAPE_ONLY and any(n in found for n in node.all_input_nodes):
                 found.add(node)
                 target = changed_by(node)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 from torch.fx import Node
 
-from ..expr import OPERATORS
 from ..ir import Miss
+from ..operators import OPERATORS
 from .canonicalize import View
 from .linear import Linear
 from .names import CASTS, IDENTITIES, VIEWS, argument, op_name, shape_of
@@ -22,7 +22,8 @@ from .region import Region, walk
 # as well, but behind a norm.
 BOTTLENECK, BOTTLENECK_BEHIND_LINEAR = 4, 2
 _STEPS = 12  # how far around a block is looked; what decides is never far in real models
-_CARRIES = (*IDENTITIES, *VIEWS, *CASTS, "dropout", "layer_norm", "rms_norm")
+_COPIES = (*IDENTITIES, *VIEWS, *CASTS, "dropout")
+_CARRIES = (*_COPIES, "layer_norm", "rms_norm")
 _PICKS = ("index_select", "masked_select", "take_along_dim", "index")
 _POOLS = ("mean", "amax", "select", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool2d")
 _ROUTES = ("softmax", "topk", "one_hot", "scatter", "sparsemax")
@@ -122,9 +123,8 @@ def _goes_on(view: View, node: Node) -> bool:
                 for reader in view.users(stack.pop()):
                     if reader in view.linears:
                         return True
-                    if op_name(reader) in (*OPERATORS, *_CARRIES[:-2]) and reader not in seen:
-                        if op_name(reader) in ("add", "sub"):
-                            continue
+                    carries = op_name(reader) in (*OPERATORS, *_COPIES)
+                    if carries and op_name(reader) not in ("add", "sub") and reader not in seen:
                         seen.add(reader)
                         stack.append(reader)
     return False

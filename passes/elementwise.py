@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..expr import OPERATORS, Expr
+from ..expr import Expr
+from ..operators import OPERATORS
 from .halves import Refuse
 from .names import dtype_of
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from ..expr import OPERATORS
 from ..ir import Miss
+from ..operators import OPERATORS
 from .names import CASTS, TRANSPOSES, op_name
 
 if TYPE_CHECKING:

@@ -66,7 +66,6 @@ def insert_moe(
     """
     root = at(match.root)
     scalars = [at(node) for node in match.scalars]
-    axis = match.linears[-1].axis
     with graph.inserting_before(root):
         x, slabs = _inputs(graph, match, at(match.x), operands)
         hidden = graph.call_function(
@@ -82,7 +81,7 @@ def insert_moe(
     args = (x, tokens, offsets, *map(slabs.get, SLABS), noise, scalars, match.activation)
     stand_ins = _StandIns(graph, match, at)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
-    output = _output(graph, root, args, axis, rows, _is_channels_last(match.root))
+    output = _output(graph, match, root, args, rows)
     for node in reversed(match.inside[:-1]):
         for user in list(at(node).users):
             _erase_shape_reader(graph, user)
@@ -107,41 +106,29 @@ def _inputs(
 
 
 def _output(
-    graph: Graph,
-    root: Node,
-    args: tuple[Any, ...],
-    axis: int | None,
-    rows: Node | None,
-    channels_last: bool,
+    graph: Graph, match: Match, root: Node, args: tuple[Any, ...], rows: Node | None
 ) -> Node:
     """Let the block's last node compute the experts' output; returns the expert_mlp call.
 
     rows: a node with the leading dimensions of the output, where they are not those of the input.
     """
+    axis, root.kwargs = match.linears[-1].axis, {}
+    root.op = "call_function"
     if axis == -1 and rows is None:
-        root.op, root.target, root.kwargs, root.args = (
-            "call_function",
-            expert_mlp.overload,
-            {},
-            args,
-        )
+        root.target, root.args = expert_mlp.overload, args
         return root
     with graph.inserting_before(root):
         output = graph.call_function(expert_mlp.overload, args)
-        if rows is None:
-            moved = graph.call_function(torch.movedim, (output, -1, axis))
-        else:
+        if rows is not None:
             size = graph.call_method("size", (rows,))
             lead = graph.call_function(getitem, (size, slice(None, -1)))
             shape = graph.call_function(add, (lead, (-1,)))
-    root.kwargs = {}
-    if rows is None and channels_last:
-        root.op, root.target, root.args = "call_function", torch.movedim, (output, -1, axis)
-        graph.erase_node(moved)
-    elif rows is None:  # as a convolution's output: dropout after it draws in memory order
-        root.op, root.target, root.args = "call_method", "contiguous", (moved,)
-    else:
-        root.op, root.target, root.args = "call_function", torch.reshape, (output, shape)
+            root.target, root.args = torch.reshape, (output, shape)
+        elif _is_channels_last(match.root):
+            root.target, root.args = torch.movedim, (output, -1, axis)
+        else:  # in memory as a convolution's output: dropout after it draws in that order
+            moved = graph.call_function(torch.movedim, (output, -1, axis))
+            root.op, root.target, root.args = "call_method", "contiguous", (moved,)
     return output
 
 

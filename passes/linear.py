@@ -122,8 +122,7 @@ class _Reader:
             return None
         plain = len(letters) == 2 and at[-1:] == shared[0] and result == at[:-1] + kept[0]
         if plain:
-            made = self._make(node, x, weight, None, stored_in_out=letters[0] == shared[0])
-            return made
+            return self._make(node, x, weight, None, stored_in_out=letters[0] == shared[0])
         sizes = dict(zip(letters, self._shape(weight), strict=False))
         if len(sizes) != len(letters) or not isinstance(x, Node):
             return None
@@ -254,9 +253,8 @@ def is_matrix_transpose(node: Node) -> bool:
     """Whether a call swaps the last two axes; `permute(0, 1)` does not."""
     if op_name(node) not in TRANSPOSES or node.kwargs:
         return False
-    dims: list[Any] = [
-        d for d in node.args[1:] if not isinstance(d, str)
-    ]  # getattr(w, "T") has a name there
+    # getattr(w, "T") has a name among its arguments.
+    dims: list[Any] = [d for d in node.args[1:] if not isinstance(d, str)]
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = list(dims[0])
     if not dims:

@@ -126,13 +126,9 @@ def _one_role_each(
         found = letters[match.site.params["weight"]]
         role = "".join(letter for letter in "qkvo" if letter in found)
         if role in ROLES:
-            kept.append(_with_role(match, role))
+            kept.append(replace(match, site=replace(match.site, role=role)))
         else:
             misses[match.root] = Miss(
                 match.root, f"its weight makes {' and '.join(role)} in different calls"
             )
     return kept, misses
-
-
-def _with_role(match: Match, role: str) -> Match:
-    return replace(match, site=replace(match.site, role=role))

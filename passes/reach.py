@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..expr import OPERATORS
+from ..operators import OPERATORS
 from .block import source
 from .canonicalize import View
 from .inplace import WRITES, changed_by, memory_of, written

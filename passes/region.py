@@ -16,8 +16,9 @@ import torch
 from torch.fx import Node
 
 from ..errors import ExpressionError
-from ..expr import MAX_DEPTH, MAX_SIZE, OPERATORS, Expr, const, var
+from ..expr import MAX_DEPTH, MAX_SIZE, Expr, const, var
 from ..ir import Miss
+from ..operators import OPERATORS
 from .canonicalize import View
 from .elementwise import operator_of
 from .halves import Leaf, Refuse, both_halves, half_of

@@ -13,7 +13,6 @@ from d2dcompile.expr import (
     MAX_DEPTH,
     MAX_LENGTH,
     MAX_SIZE,
-    OPERATORS,
     Expr,
     const,
     evaluate,
@@ -24,6 +23,7 @@ from d2dcompile.expr import (
     vjp,
     without_casts,
 )
+from d2dcompile.operators import OPERATORS
 
 BOUNDED = settings(max_examples=80, deadline=None)
 VARIABLES = st.sampled_from(["up", "gate", "p0", "p1", "p12"]).map(var)

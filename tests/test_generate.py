@@ -59,8 +59,6 @@ def generated(case: testing.Tiny, cache: str, inner: Callable[..., Any]) -> tupl
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_equals_dense_with_as_many_compilations(family: str, cache: str) -> None:
     case = testing.tiny(family)
-    if cache == "static" and not case.model._can_compile_fullgraph:
-        pytest.skip(f"{family} has no static cache in this transformers")
     expected, dense = generated(case, cache, lambda gm, inputs: gm.forward)
     d2d.convert(case.model, [case.inputs], QUICK, progress=False)
 
@@ -70,11 +68,8 @@ def test_generate_equals_dense_with_as_many_compilations(family: str, cache: str
     tokens, converted = generated(case, cache, experts)
     assert torch.equal(tokens, expected)
     assert len(converted.found) == len(dense.found)
-    projections = (
-        2 if family in ("gpt2", "phi3") else 4
-    )  # those have one fused matrix for q, k and v
-    whole = [(case.blocks, case.blocks * projections)]
-    assert [found for found in converted.found if found != (0, 0)] == whole * len(
-        [found for found in dense.found if found != (0, 0)]
-    )
-    assert len(whole * len(dense.found)) >= 2, "prefill and decode were not both compiled"
+    projections = 2 if family in ("gpt2", "phi3") else 4  # two have one matrix for q, k and v
+    whole = (case.blocks, case.blocks * projections)
+    graphs = [found for found in converted.found if found != (0, 0)]  # without masks and the like
+    assert set(graphs) == {whole}
+    assert len(graphs) >= 2, "prefill and decode were not both compiled"

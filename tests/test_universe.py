@@ -55,9 +55,15 @@ def test_a_sample_of_transformers_is_matched_as_the_truth_says(name: str) -> Non
     check(CASES[name])
 
 
-@pytest.mark.parametrize("name", [case.name for case in [*SMALL[::12], *HF[4::45]]])
+BLOCKS = [
+    c for c in SMALL if c.name.startswith(("nn/encoder", "form/mlp", "form/glu", "form/fused"))
+]
+
+
+@pytest.mark.parametrize("name", [case.name for case in [*BLOCKS[::6], *HF[4::45]]])
 def test_a_sample_equals_dense_at_tau_zero_with_gradients(name: str) -> None:
     found = equality(CASES[name])
+    assert found.sites or name in NORM_INSIDE or not CASES[name].truth(CASES[name].make()[0]).blocks
     assert not found.problems()
 
 

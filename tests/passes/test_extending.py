@@ -71,6 +71,16 @@ def test_without_a_meaning_the_call_stays_opaque(trace: Any) -> None:
     assert not trace(Fused(), torch.randn(3, 5, 8)).matches()
 
 
+@pytest.mark.usefixtures("meaning")
+def test_a_meaning_returns_one_tensor(trace: Any) -> None:
+    @composite(torch.ops.d2d_test.mlp.default)
+    def two(x: Tensor, w1: Tensor, w2: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        return F.linear(x, w1), x
+
+    with pytest.raises(Exception, match=r"'two'.*returned a tuple; expected one tensor"):
+        trace(Fused(), torch.randn(3, 5, 8))
+
+
 def test_only_what_can_be_called_has_a_meaning() -> None:
     with pytest.raises(TypeError, match="got a str; expected the function or operator overload"):
         composite("mylib::mlp")

@@ -27,7 +27,8 @@ from d2dcompile.errors import CalibrationError, CalibrationWarning
 from .case import Case
 from .score import select
 
-EPSILON = 1e-9  # relative, in fp64: rounding in another order gives about 1e-15
+# Relative, in fp64: rounding in another order gives about 1e-15, and more where gradients are summed.
+OUTPUTS, GRADIENTS = 1e-12, 1e-9
 
 
 @dataclass
@@ -39,8 +40,8 @@ class Equality:
         ran: how many of the sites ran as experts in eval mode, and in training mode.
         eval, train, grad: largest difference relative to the largest value of the output, of the
             output in training mode, and over all parameters of their gradients.
-        rival: the difference in eval mode that the dense model itself has under the inner compiler, where
-            ours is above the limit: models that compute norms in fp32 round differently there.
+        rival: the same three differences of the dense model itself under the inner compiler, where one of
+            ours is above its limit: models that compute norms in fp32 round differently there.
         random: whether the dense model differs from itself in training, with the same seeds.
         noise: how much the dense gradients differ when every weight changes by about its last place, where
             ours are above the limit: RWKV in fp32 has gradients that ill conditioned.
@@ -55,26 +56,25 @@ class Equality:
     eval: float = 0.0
     train: float = 0.0
     grad: float = 0.0
-    rival: float = 0.0
+    rival: tuple[float, float, float] = (0.0, 0.0, 0.0)
     random: bool = False
     noise: float = 0.0
     dtype: str = "float64"
     error: str = ""
 
-    @property
-    def limit(self) -> float:
-        """The difference that rounding explains."""
-        return {"float64": EPSILON, "float32": 2e-4, "bfloat16": 4e-2}[self.dtype]
+    def limit(self, what: str) -> float:
+        """The difference of "eval", "train" or "grad" that rounding explains."""
+        wide = GRADIENTS if what == "grad" else OUTPUTS
+        rival = self.rival[("eval", "train", "grad").index(what)]
+        rounding = {"float64": wide, "float32": 2e-4, "bfloat16": 4e-2}[self.dtype]
+        return max(rounding, 2 * rival, 2 * self.noise if what == "grad" else 0.0)
 
     def problems(self) -> list[str]:
         """What is wrong, as texts."""
         found = [self.error.strip().splitlines()[-1]] if self.error else []
         found += [f"{site} stays dense: {why}" for site, why in self.dense.items()]
-        limits = {"eval": max(self.limit, 2 * self.rival)}
-        if not self.random:
-            limits.update(train=self.limit, grad=max(self.limit, 2 * self.noise))
-        for name, limit in limits.items():
-            if not getattr(self, name) <= limit:
+        for name in ("eval",) if self.random else ("eval", "train", "grad"):
+            if not getattr(self, name) <= self.limit(name):
                 found.append(f"{name} differs by {getattr(self, name):.1e} in {self.dtype}")
         if self.ran[0] < self.sites:
             found.append(f"{self.ran[0]} of {self.sites} sites ran in eval mode")
@@ -90,7 +90,8 @@ def equality(case: Case, inner: str = "eager", training: bool = True) -> Equalit
         model, inputs = case.make()
         if not case.truth(model).blocks:
             return result
-        _compare(result, *_widened(result, model, inputs), inner, training)
+        with torch._inductor.config.patch(fallback_random=True):  # Inductor draws as eager does
+            _compare(result, *_widened(result, model, inputs), inner, training)
     except Exception:
         result.error = traceback.format_exc(limit=-4)
     return result
@@ -134,42 +135,56 @@ def _compare(result: Equality, model: nn.Module, inputs: Any, inner: str, traini
                 raise
             return  # no block is found: a miss, which the score counts
     result.sites, result.dense = len(conversion.experts), dict(conversion.dense)
-    options = {"inner": inner, "strict": False}
-    torch._dynamo.reset()
-    fast = torch.compile(model, backend="d2dmoe", options=options)
+    compiled = {"backend": "d2dmoe", "options": {"inner": inner, "strict": False}}
+    # Dynamo draws NumPy's random numbers from torch, and PaliGemma gives something else under it: where our
+    # result is not eager's, it has to be that of the dense model through Dynamo.
     with torch.no_grad(), _counting() as ran:
-        # PaliGemma gives something else under Dynamo than without: then that is the dense model.
-        for dense in (model, torch.compile(model, backend="eager")):
-            (expected, _), (found, _) = _twice(dense, fast, inputs, lambda outputs: [])
-            result.eval = _difference(found, expected)
-            if result.eval <= result.limit:
+        for rival in (None, {"backend": "eager"}):
+            result.eval, _ = _against(model, rival, compiled, inputs)
+            if result.eval <= result.limit("eval"):
                 break
     result.ran = (len(ran), result.sites)
-    if inner != "eager" and result.eval > result.limit:
-        torch._dynamo.reset()
-        with torch.no_grad():
-            dense = torch.compile(model, backend=inner)
-            (expected, _), (found, _) = _twice(model, dense, inputs, lambda outputs: [])
-        result.rival = _difference(found, expected)
-    if not training:
-        return
-    model.train()
+    if training:
+        model.train()
+        with _counting() as ran:
+            for rival in (None, {"backend": "eager"}):
+                result.train, result.grad = _against(model, rival, compiled, inputs)
+                if result.train <= result.limit("train"):
+                    break
+        result.ran = (result.ran[0], len(ran))
+        _explain_training(result, model, inputs)
+    if inner != "eager" and result.problems():
+        result.rival = _rival(model, inner, inputs, training)
+
+
+def _against(
+    model: nn.Module, rival: dict[str, Any] | None, compiled: dict[str, Any], inputs: Any
+) -> tuple[float, float]:
+    """Differences of outputs and gradients of the model compiled in two ways; None is eager."""
     torch._dynamo.reset()
-    fast = torch.compile(model, backend="d2dmoe", options=options)
-    with _counting() as ran:
-        # Dynamo draws NumPy's random numbers, of spectrogram masks, from torch: where the two runs drew
-        # differently the dense model is run through Dynamo as well.
-        for dense in (model, torch.compile(model, backend="eager")):
-            base, ours = _twice(dense, fast, inputs, lambda outputs: _gradients(model, outputs))
-            result.train, result.grad = (_difference(f, e) for f, e in zip(ours, base, strict=True))
-            if result.train <= result.limit:
-                break
-        else:
-            base, again = _twice(model, model, inputs, lambda outputs: [])
-            result.random = _difference(again[0], base[0]) > result.limit
-        if result.grad > result.limit and not result.random:
-            result.noise = _conditioning(model, inputs)
-    result.ran = (result.ran[0], len(ran))
+    first = model if rival is None else torch.compile(model, **rival)
+    (base, base_grads), (ours, our_grads) = _twice(
+        first, torch.compile(model, **compiled), inputs, lambda outputs: _gradients(model, outputs)
+    )
+    return _difference(ours, base), _difference(our_grads, base_grads)
+
+
+def _explain_training(result: Equality, model: nn.Module, inputs: Any) -> None:
+    """Whether the dense model repeats itself, and how well conditioned its gradients are."""
+    if result.train > result.limit("train"):
+        (base, _), (again, _) = _twice(model, model, inputs, lambda outputs: [])
+        result.random = _difference(again, base) > result.limit("train")
+    if result.grad > result.limit("grad") and not result.random:
+        result.noise = _conditioning(model, inputs)
+
+
+def _rival(model: nn.Module, inner: str, inputs: Any, training: bool) -> tuple[float, float, float]:
+    """What the dense model differs from eager under the inner compiler: eval, training, gradients."""
+    with torch.no_grad():
+        evaluated, _ = _against(model.eval(), None, {"backend": inner}, inputs)
+    if not training:
+        return evaluated, 0.0, 0.0
+    return evaluated, *_against(model.train(), None, {"backend": inner}, inputs)
 
 
 Outcome = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
@@ -224,7 +239,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _gradients(model: nn.Module, outputs: list[Tensor]) -> list[Tensor]:
-    """The gradients of a fixed function of the outputs, for each parameter that has one."""
+    """The gradients of a fixed function of the outputs, for each parameter; none under no_grad."""
+    if not torch.is_grad_enabled():
+        return []
     parameters = [p for p in model.parameters() if p.requires_grad]
     loss = sum(((t - 0.1) ** 2).mean() for t in outputs if t.requires_grad)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
