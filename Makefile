@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.d2dcompile-installed
 
-.PHONY: demo ablate test check bench-cluster bench-matching bench-universe clean
+.PHONY: demo ablate test check bench-cpu bench-cluster bench-matching bench-universe clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py --out out/quickstart
@@ -22,6 +22,9 @@ check: $(STAMP)
 	rm -rf build/typing
 	$(BIN)/python -c "from setuptools import setup; setup()" -q build_py --build-lib build/typing
 	$(BIN)/mypy
+
+bench-cpu: $(STAMP)
+	$(BIN)/python benchmarks/cpu.py
 
 bench-cluster: $(STAMP)
 	$(BIN)/python benchmarks/cluster.py

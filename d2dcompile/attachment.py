@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from .capture import unwrap
 from .errors import ConversionMismatchError, TauError, WeightsChangedError
 from .expr import parse, quiet, without_casts
-from .ir import Conversion, Experts, Site
+from .ir import Conversion, Experts, Schedule, Site
+from .kernels.dynamic_mlp import Prepared, cpu
 from .kernels.gate import tau_bits
 from .layout import digest, permuted, slabs
-from .passes.insert_moe import operand_names
+from .passes.insert_moe import SLABS, operand_names
 
 
 def meaning(activation: str) -> str:
@@ -42,6 +44,9 @@ class State:
         self.tau = experts.tau
         self.meaning = meaning(experts.site.activation)
         self.applied: float | None = None  # the tau option that a backend has set already
+        self._prepared: dict[bool, tuple[Any, Prepared]] = {}
+        self.forced: Tensor | None = None  # see force_masks
+        self.schedule = Schedule()
         self.seen = self._fingerprint()
 
     def weight(self, role: str) -> nn.Parameter:
@@ -67,6 +72,7 @@ class State:
         self.tau = tau
         for device, held in self._tau.items():
             held.copy_(tau_bits(tau, device))
+        self._steer()
 
     def tau_on(self, device: torch.device) -> Tensor:
         """The threshold as int32 bits on a device; the same tensor for the life of the state."""
@@ -122,6 +128,61 @@ class State:
             self._cache = {"key": key, "operands": self._operands(detach=True)}
         cached: tuple[Tensor, ...] = self._cache["operands"]
         return cached
+
+    def prepared(self, packs: bool) -> Prepared:
+        """The site's operands as a kernel takes them, made anew whenever the weights changed.
+
+        packs: whether kernels may keep a copy of the weights in an order of their own.
+        """
+        key, held = self._fingerprint(), self._prepared.get(packs)
+        if held is None or held[0] != key:
+            names = operand_names(self.site)
+            values: dict[str, Any] = dict.fromkeys(SLABS)
+            values.update(zip(names, self._operands(detach=True), strict=True))
+            block = Prepared(**values, activation=self.site.activation, packs=packs)
+            cpu.fill(block)
+            self._prepared[packs] = held = key, block
+            self._steer()
+        return held[1]
+
+    def expected_share(self) -> float:
+        """The executed share to expect at the present tau: of the forced masks, or as calibrated."""
+        if self.forced is not None:
+            return float(self.forced.float().mean())
+        known = {float(k.split("@")[1]): v for k, v in self.experts.stats.items() if "share@" in k}
+        points = sorted({0.0: 1.0, 1.0: 0.0, **known}.items())
+        for (low, above), (high, below) in pairwise(points):
+            if self.tau <= high:
+                return above + (below - above) * (self.tau - low) / (high - low)
+        return 0.0
+
+    @property
+    def dense_rows(self) -> int:
+        """Tokens of a call from which every expert runs, since few would be skipped; 0 for never."""
+        chosen = self.schedule
+        return chosen.dense_rows if self.expected_share() > chosen.dense_above else 0
+
+    def _steer(self) -> None:
+        """Bring the kernels' records up to date with tau, forced masks and schedule."""
+        for _, block in self._prepared.values():
+            cpu.force(block, self.forced)
+            cpu.schedule(block, self.schedule, self.expected_share())
+
+    def force_masks(self, masks: Tensor | None) -> None:
+        """Use masks [rows, E] instead of the gate's, as `testing.forced_share` does; None ends it."""
+        self.forced = masks
+        self._steer()
+
+    def release(self) -> None:
+        """Drop what was made for kernels: records and packed copies."""
+        self._prepared.clear()
+        self._cache.clear()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the copies of the weights that kernels keep, 0 where they keep none."""
+        copies = [block.packed for _, block in self._prepared.values()]
+        return sum(packed.nbytes for packed in copies if packed is not None)
 
     def _operands(self, *, detach: bool) -> tuple[Tensor, ...]:
         weights = {role: self.weight(role) for role in self._weights}
@@ -293,6 +354,7 @@ def detach(model: nn.Module) -> nn.Module:
             value = permuted(state.site, role, found[name].detach(), order)
             _store(found[name], value.contiguous())
         _STATES.pop(id(found[state.site.params["down"]]), None)
+        state.release()
     return model
 
 

@@ -1,4 +1,5 @@
-"""The nouns that cross a stage: Site and Miss (match), Plan (plan), Experts and Conversion (convert).
+"""The nouns that cross a stage: Site and Miss (match), Plan (plan), Experts and Conversion (convert),
+Schedule (tune).
 
 Sizes: D d_model, H d_hidden, E experts, F = H/E neurons per expert, R router width.
 """
@@ -93,6 +94,23 @@ class Plan:
     experts: int
     expert_size: int
     router_width: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a block's kernel runs on one processor: closed-form defaults, or what a tuning run measured.
+
+    Attributes:
+        fused_rows: tokens of a call up to which weights are streamed once per thread, up and down
+            together; above, all hidden values are computed first.
+        dense_above: executed share, 0..1, above which calls of `dense_rows` tokens or more skip the
+            router and run every expert, since that is faster.
+        dense_rows: see there.
+    """
+
+    fused_rows: int = 128  # equal at 64 to 197 tokens on two cores of a Zen 4
+    dense_above: float = 0.93  # router and gathering cost about 5 % of a block's arithmetic there
+    dense_rows: int = 129
 
 
 @dataclass(frozen=True)

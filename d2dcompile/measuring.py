@@ -122,7 +122,7 @@ def _counting(graph: Graph, converted: tuple[int, ...]) -> Rewritten:
     rewritten = rewrite_captured(graph.captured, [graph.matches[i] for i in converted])
     for index, inserted in enumerate(rewritten.inserted):
         x, graph_of = inserted.output.args[0], inserted.output.graph
-        assert isinstance(x, Node)
+        assert isinstance(x, Node) and inserted.offsets is not None
         insert_observer(graph_of, inserted.output, index, x, inserted.offsets)
         assert graph_of.owning_module is not None
         countable(graph_of.owning_module)

@@ -18,19 +18,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Operator:
-    """One elementwise operator: its torch function, its parameters in order, and its defaults."""
+    """One elementwise operator: its torch function, its parameters in order, and its defaults.
+
+    cpp: its spelling in generated C++, a function of kernels/cpu/vec.h that takes operands and then
+    parameters, or an expression with {} for each operand; {name} in either is a parameter that is a
+    text. "" if it has none.
+    """
 
     call: Callable[..., Tensor]
     tensors: int = 1
     params: tuple[str, ...] = ()
     defaults: tuple[Any, ...] = ()
     nonlinear: bool = True
+    cpp: str = ""
 
 
 def _op(
-    call: Callable[..., Tensor], tensors: int = 1, linear: bool = False, **params: Any
+    call: Callable[..., Tensor], cpp: str, tensors: int = 1, linear: bool = False, **params: Any
 ) -> Operator:
-    return Operator(call, tensors, tuple(params), tuple(params.values()), not linear)
+    return Operator(call, tensors, tuple(params), tuple(params.values()), not linear, cpp)
 
 
 def _cast(x: Tensor, dtype: str) -> Tensor:
@@ -55,56 +61,56 @@ def _minimum(a: Tensor | float, b: Tensor | float) -> Tensor:
 
 OPERATORS: dict[str, Operator] = {
     # The usual activations.
-    "relu": _op(F.relu),
-    "relu6": _op(F.relu6),
-    "gelu": _op(F.gelu, approximate="none"),
-    "silu": _op(F.silu),
-    "sigmoid": _op(torch.sigmoid),
-    "tanh": _op(torch.tanh),
-    "mish": _op(F.mish),
-    "softplus": _op(F.softplus, beta=1.0, threshold=20.0),
-    "softsign": _op(F.softsign),
-    "logsigmoid": _op(F.logsigmoid),
-    "leaky_relu": _op(F.leaky_relu, negative_slope=0.01),
-    "elu": _op(F.elu, alpha=1.0),
-    "selu": _op(F.selu),
-    "celu": _op(F.celu, alpha=1.0),
-    "hardtanh": _op(F.hardtanh, min_val=-1.0, max_val=1.0),
-    "hardswish": _op(F.hardswish),
-    "hardsigmoid": _op(F.hardsigmoid),
-    "hardshrink": _op(F.hardshrink, lambd=0.5),
-    "softshrink": _op(F.softshrink, lambd=0.5),
-    "tanhshrink": _op(F.tanhshrink),
-    "threshold": _op(F.threshold, threshold=None, value=None),
-    "prelu": _op(F.prelu, 2),
+    "relu": _op(F.relu, "relu"),
+    "relu6": _op(F.relu6, "relu6"),
+    "gelu": _op(F.gelu, "gelu_{approximate}", approximate="none"),
+    "silu": _op(F.silu, "silu"),
+    "sigmoid": _op(torch.sigmoid, "sigmoid"),
+    "tanh": _op(torch.tanh, "tanh"),
+    "mish": _op(F.mish, "mish"),
+    "softplus": _op(F.softplus, "softplus", beta=1.0, threshold=20.0),
+    "softsign": _op(F.softsign, "softsign"),
+    "logsigmoid": _op(F.logsigmoid, "logsigmoid"),
+    "leaky_relu": _op(F.leaky_relu, "leaky_relu", negative_slope=0.01),
+    "elu": _op(F.elu, "elu", alpha=1.0),
+    "selu": _op(F.selu, "selu"),
+    "celu": _op(F.celu, "celu", alpha=1.0),
+    "hardtanh": _op(F.hardtanh, "hardtanh", min_val=-1.0, max_val=1.0),
+    "hardswish": _op(F.hardswish, "hardswish"),
+    "hardsigmoid": _op(F.hardsigmoid, "hardsigmoid"),
+    "hardshrink": _op(F.hardshrink, "hardshrink", lambd=0.5),
+    "softshrink": _op(F.softshrink, "softshrink", lambd=0.5),
+    "tanhshrink": _op(F.tanhshrink, "tanhshrink"),
+    "threshold": _op(F.threshold, "threshold", threshold=None, value=None),
+    "prelu": _op(F.prelu, "prelu", 2),
     # What activations are spelt with.
-    "exp": _op(torch.exp),
-    "expm1": _op(torch.expm1),
-    "log": _op(torch.log),
-    "log1p": _op(torch.log1p),
-    "sqrt": _op(torch.sqrt),
-    "rsqrt": _op(torch.rsqrt),
-    "reciprocal": _op(torch.reciprocal),
-    "erf": _op(torch.erf),
-    "sin": _op(torch.sin),
-    "cos": _op(torch.cos),
-    "abs": _op(torch.abs),
-    "square": _op(torch.square),
-    "sign": _op(torch.sign),
-    "pow": _op(operator.pow, 2),
-    "clamp": _op(torch.clamp, min=None, max=None),
-    "maximum": _op(_maximum, 2),
-    "minimum": _op(_minimum, 2),
-    "where": _op(torch.where, 3),
-    "gt": _op(operator.gt, 2),
-    "ge": _op(operator.ge, 2),
-    "lt": _op(operator.lt, 2),
-    "le": _op(operator.le, 2),
+    "exp": _op(torch.exp, "exp"),
+    "expm1": _op(torch.expm1, "expm1"),
+    "log": _op(torch.log, "log"),
+    "log1p": _op(torch.log1p, "log1p"),
+    "sqrt": _op(torch.sqrt, "sqrt"),
+    "rsqrt": _op(torch.rsqrt, "rsqrt"),
+    "reciprocal": _op(torch.reciprocal, "reciprocal"),
+    "erf": _op(torch.erf, "erf"),
+    "sin": _op(torch.sin, "sin"),
+    "cos": _op(torch.cos, "cos"),
+    "abs": _op(torch.abs, "abs"),
+    "square": _op(torch.square, "square"),
+    "sign": _op(torch.sign, "sign"),
+    "pow": _op(operator.pow, "pow", 2),
+    "clamp": _op(torch.clamp, "clamp", min=None, max=None),
+    "maximum": _op(_maximum, "maximum", 2),
+    "minimum": _op(_minimum, "minimum", 2),
+    "where": _op(torch.where, "where", 3),
+    "gt": _op(operator.gt, "{} > {}", 2),
+    "ge": _op(operator.ge, "{} >= {}", 2),
+    "lt": _op(operator.lt, "{} < {}", 2),
+    "le": _op(operator.le, "{} <= {}", 2),
     # Linear ones: alone they make no activation.
-    "neg": _op(operator.neg, linear=True),
-    "add": _op(operator.add, 2, linear=True),
-    "sub": _op(operator.sub, 2, linear=True),
-    "mul": _op(operator.mul, 2, linear=True),
-    "div": _op(operator.truediv, 2, linear=True),
-    "cast": _op(_cast, linear=True, dtype=None),
+    "neg": _op(operator.neg, "-{}", linear=True),
+    "add": _op(operator.add, "{} + {}", 2, linear=True),
+    "sub": _op(operator.sub, "{} - {}", 2, linear=True),
+    "mul": _op(operator.mul, "{} * {}", 2, linear=True),
+    "div": _op(operator.truediv, "{} / {}", 2, linear=True),
+    "cast": _op(_cast, "{}", linear=True, dtype=None),
 }

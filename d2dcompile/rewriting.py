@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,17 @@ class Rewritten:
     inserted: tuple[Inserted, ...]
 
 
-def rewrite_captured(captured: Captured, matches: Sequence[Match]) -> Rewritten:
-    """Replace the given matches in a copy of the graph, operands as placeholders after all others."""
+def rewrite_captured(
+    captured: Captured, matches: Sequence[Match], at_once: Container[str] = ()
+) -> Rewritten:
+    """Replace the given matches in a copy of the graph, operands as placeholders after all others.
+
+    at_once: names of the sites that become one call of dynamic_mlp.
+    """
 
     def placeholders(gm: GraphModule, index: int, found: Match) -> dict[str, Node]:
         operands: dict[str, Node] = {}
-        for name in operand_names(found.site):
+        for name in operand_names(found.site, found.site.name in at_once):
             operands[name] = add_placeholder(gm.graph, f"d2d_{index}_{name}")
         return operands
 

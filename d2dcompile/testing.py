@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from .attachment import states
 from .capture import Captured, from_dynamo, parameter_names
 
 VOCABULARY = 99
@@ -192,3 +194,50 @@ def error_ratio(result: Tensor, dense: Tensor, exact: Tensor) -> float:
 def batches_of(inputs: Any, count: int) -> list[Any]:
     """The same batch several times, for calibration in tests."""
     return list(itertools.repeat(inputs, count))
+
+
+def routing_masks(rows: int, experts: int, share: float, seed: int = 0) -> Tensor:
+    """Random masks [rows, E] of which `share` is chosen, as skewed as real routing; at least one a row.
+
+    Popularity of experts is log-normal (sigma 0.7), so is the number of experts a row takes (0.5).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    popularity = 0.7 * torch.randn(experts, generator=generator)
+    wanted = torch.exp(0.5 * torch.randn(rows, generator=generator))
+    total = max(rows, round(share * rows * experts))
+    counts = _rounded(wanted, total, experts)
+    noise = -torch.log(-torch.log(torch.rand(rows, experts, generator=generator)))
+    ranks = (popularity + noise).argsort(1, descending=True).argsort(1)
+    return ranks < counts[:, None]
+
+
+def _rounded(wanted: Tensor, total: int, most: int) -> Tensor:
+    """Whole numbers in 1..most in proportion to `wanted`, as far as that allows, of the given sum."""
+    low, high = 0.0, float(most / wanted.min())
+    for _ in range(60):
+        middle = (low + high) / 2
+        counts = (wanted * middle).round().clamp(1, most).long()
+        low, high = (middle, high) if int(counts.sum()) < total else (low, middle)
+    counts = (wanted * high).round().clamp(1, most).long()
+    for i in range(len(counts)):
+        spare = int(counts.sum()) - total
+        counts[i] = (counts[i] - spare).clamp(1, most) if spare > 0 else counts[i]
+    return counts
+
+
+@contextmanager
+def forced_share(model: nn.Module, share: float, rows: int = 4096, seed: int = 0) -> Iterator[None]:
+    """Run a converted model's blocks at an executed share, whatever their routers say, for measuring time.
+
+    Routers and gates are still computed; then row i of a block's input takes mask i modulo `rows`
+    (`routing_masks`, another for each block). Affects kernels that run a block at once only.
+    """
+    held = states(model)
+    for index, state in enumerate(held):
+        masks = routing_masks(rows, state.experts.plan.experts, share, seed + index)
+        state.force_masks(masks)
+    try:
+        yield
+    finally:
+        for state in held:
+            state.force_masks(None)

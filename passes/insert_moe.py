@@ -3,8 +3,9 @@
     scores = |relu(x router1^T) router2^T|     mask = gate(scores, tau)
     tokens, offsets = dispatch(mask)           y = expert_mlp(x, tokens, offsets, slabs, biases, f)
 
-The only pass that edits a graph. Operands (slabs, router, tau) are nodes made by the caller: trailing
-placeholders for the backend, attributes for programmatic rewriting.
+or, where a kernel runs all of it at once, y = dynamic_mlp(x, record). The only pass that edits a graph.
+Operands (slabs, router, tau, or the record of them) are nodes made by the caller: trailing placeholders
+for the backend, attributes for programmatic rewriting.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.fx import Graph, Node
 
 from ..ir import Site
 from ..kernels.dispatch import dispatch
+from ..kernels.dynamic_mlp import dynamic_mlp
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 from .base import Match
@@ -34,16 +36,19 @@ SLABS = ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")
 
 @dataclass(frozen=True)
 class Inserted:
-    """The nodes of one inserted mixture of experts: scores, mask, offsets of dispatch, output."""
+    """The nodes of one inserted mixture of experts: output, and offsets of dispatch where it has some."""
 
-    scores: Node
-    mask: Node
-    offsets: Node
     output: Node
+    offsets: Node | None = None
 
 
-def operand_names(site: Site) -> tuple[str, ...]:
-    """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs."""
+def operand_names(site: Site, at_once: bool = False) -> tuple[str, ...]:
+    """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs.
+
+    at_once: whether one call of dynamic_mlp stands for all nodes; it takes a record only.
+    """
+    if at_once:
+        return ("record",)
     present = {"w_up", "w_down"}
     if site.kind == "glu":
         present.add("w_gate")
@@ -62,33 +67,46 @@ def insert_moe(
 
     graph is a copy of the matched graph and `at` maps the match's nodes to that copy. The block's last
     node becomes the expert_mlp call, so that it stays the input of whatever is matched after it.
-    Whoever reads the shape of a hidden value reads it from a stand-in without memory.
+    Whoever reads the shape of a hidden value reads it from a stand-in without memory. With the operand
+    "record" that call is dynamic_mlp's.
     """
     root = at(match.root)
-    scalars = [at(node) for node in match.scalars]
     with graph.inserting_before(root):
         x, slabs = _inputs(graph, match, at(match.x), operands)
-        hidden = graph.call_function(
-            F.relu, (graph.call_function(F.linear, (x, slabs["router1"])),)
-        )
-        scores = graph.call_function(
-            torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
-        )
-        mask = graph.call_function(gate.overload, (scores, operands["tau"]))
-        lists = graph.call_function(dispatch.overload, (mask,))
-        tokens, offsets = (graph.call_function(getitem, (lists, i)) for i in (0, 1))
-    noise = _noise(graph, match, at) if match.noise is not None else None
-    args = (x, tokens, offsets, *map(slabs.get, SLABS), noise, scalars, match.activation)
-    stand_ins = _StandIns(graph, match, at)
+    offsets, stand_ins = None, _StandIns(graph, match, at)
+    if "record" in operands:
+        call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out))
+    else:
+        offsets, args = _experts(graph, match, at, x, slabs)
+        call = (expert_mlp.overload, args)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
-    output = _output(graph, match, root, args, rows)
+    output = _output(graph, match, root, call, rows)
     for node in reversed(match.inside[:-1]):
         for user in list(at(node).users):
             _erase_shape_reader(graph, user)
         for user in list(at(node).users):
             user.replace_input_with(at(node), stand_ins[node])
         graph.erase_node(at(node))
-    return Inserted(scores, mask, offsets, output)
+    return Inserted(output, offsets)
+
+
+def _experts(
+    graph: Graph, match: Match, at: Callable[[Node], Node], x: Node, slabs: Mapping[str, Node]
+) -> tuple[Node, tuple[Any, ...]]:
+    """Router, gate and dispatch before the block's last node: offsets, and expert_mlp's arguments."""
+    with graph.inserting_before(at(match.root)):
+        hidden = graph.call_function(
+            F.relu, (graph.call_function(F.linear, (x, slabs["router1"])),)
+        )
+        scores = graph.call_function(
+            torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
+        )
+        mask = graph.call_function(gate.overload, (scores, slabs["tau"]))
+        lists = graph.call_function(dispatch.overload, (mask,))
+        tokens, offsets = (graph.call_function(getitem, (lists, i)) for i in (0, 1))
+    noise = _noise(graph, match, at) if match.noise is not None else None
+    scalars = [at(node) for node in match.scalars]
+    return offsets, (x, tokens, offsets, *map(slabs.get, SLABS), noise, scalars, match.activation)
 
 
 def _inputs(
@@ -100,25 +118,25 @@ def _inputs(
         x = graph.call_function(torch.movedim, (x, axis, -1))
     if match.dtype is not None:
         x = graph.call_method("to", (x, match.dtype))
-        for name in [name for name in slabs if name != "tau"]:
+        for name in [name for name in slabs if name not in ("tau", "record")]:
             slabs[name] = graph.call_method("to", (slabs[name], match.dtype))
     return x, slabs
 
 
 def _output(
-    graph: Graph, match: Match, root: Node, args: tuple[Any, ...], rows: Node | None
+    graph: Graph, match: Match, root: Node, call: tuple[Any, tuple[Any, ...]], rows: Node | None
 ) -> Node:
-    """Let the block's last node compute the experts' output; returns the expert_mlp call.
+    """Let the block's last node compute the experts' output; returns the call that does.
 
     rows: a node with the leading dimensions of the output, where they are not those of the input.
     """
     axis, root.kwargs = match.linears[-1].axis, {}
     root.op = "call_function"
     if axis == -1 and rows is None:
-        root.target, root.args = expert_mlp.overload, args
+        root.target, root.args = call
         return root
     with graph.inserting_before(root):
-        output = graph.call_function(expert_mlp.overload, args)
+        output = graph.call_function(*call)
         if rows is not None:
             size = graph.call_method("size", (rows,))
             lead = graph.call_function(getitem, (size, slice(None, -1)))

@@ -1,7 +1,8 @@
 """The invariants that a rewritten graph keeps, checked after every rewrite.
 
 Each inserted expert_mlp reads the offsets and tokens of one dispatch, whose mask comes from one gate,
-whose scores are never negative (they come from abs); nothing reads a value before it is computed.
+whose scores are never negative (they come from abs); a dynamic_mlp reads a record of its own; nothing
+reads a value before it is computed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..errors import VerifyError
 from ..kernels.dispatch import dispatch
+from ..kernels.dynamic_mlp import dynamic_mlp
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 
@@ -28,10 +30,14 @@ def verify(gm: GraphModule, expected: int) -> None:
     except RuntimeError as error:
         raise VerifyError(f"The rewritten graph is not well formed: {error}") from error
     blocks = [node for g in graphs for node in g.nodes if node.target is expert_mlp.overload]
-    if len(blocks) != expected:
+    records = [n.args[1] for g in graphs for n in g.nodes if n.target is dynamic_mlp.overload]
+    if len(blocks) + len(records) != expected:
         raise VerifyError(
-            f"{len(blocks)} expert_mlp nodes in the rewritten graph; expected {expected}."
+            f"{len(blocks)} expert_mlp and {len(records)} dynamic_mlp nodes in the rewritten graph; "
+            f"expected {expected}."
         )
+    if len(set(records)) != len(records):
+        raise VerifyError("Two blocks of the rewritten graph read one record.")
     for block in blocks:
         tokens, offsets = block.args[1:3]
         lists = _from(tokens, getitem)

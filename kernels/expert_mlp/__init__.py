@@ -116,4 +116,5 @@ def _(
     return 2 * pairs(tokens, offsets) * matrices * w_up.numel() // (offsets.numel() - 1)
 
 
-from . import gradient as gradient  # noqa: E402  (registers the gradient of the op above)
+from . import cpu as cpu  # noqa: E402  (registers the C++ implementation of the op above)
+from . import gradient as gradient  # noqa: E402  (registers its gradient)

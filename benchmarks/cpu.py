@@ -1,0 +1,167 @@
+"""The converted FFN on CPU against the best that others do; write benchmarks/results/cpu.json.
+
+    python benchmarks/cpu.py [--quick] [--only PATTERN ...] [--without NAME ...] [--fresh] [--table]
+
+Four shapes, T tokens, executed shares .05 to 1, fp32, bf16 and int8, weights cold, masks skewed as real
+routing is. Rivals: eager, Inductor (default; frozen with max-autotune), prepacked oneDNN, the
+grouped_mm experts of transformers; beside them the dense block of equal active width and the machine's
+limits. Each group (shape, dtype, T) is one process with threads pinned, all candidates in turns;
+finished groups are kept in the JSON and not run again. What gives a wrong answer is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cpu_report
+from cpu_cases import SHARES, Case, cases
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "out" / "cpu"
+RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
+QUICK_SHARES = (0.1, 0.4)
+GROUP_LIMIT = 3600  # seconds for one group, compiling included
+Record = dict[str, Any]
+
+
+def cores() -> list[int]:
+    """One processor number for each core this process may run on: siblings share the arithmetic."""
+    chosen: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        chosen.setdefault(path.read_text() if path.exists() else str(cpu), cpu)
+    return list(chosen.values())
+
+
+def header() -> Record:
+    """The versions and the machine that figures belong to."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line for line in lines if line.startswith("model name")), "")
+    return {
+        "command": "python benchmarks/cpu.py",
+        "versions": {
+            **{name: version(name) for name in ("torch", "transformers")},
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "cpu": model.partition(": ")[2] or platform.processor(),
+            "threads": len(cores()),
+        },
+    }
+
+
+def run_group(case: Case, given: argparse.Namespace) -> Record:
+    """Time one group in a process of its own; {"broken": reason} if it died."""
+    path = OUT / f"{case}.json"
+    path.unlink(missing_ok=True)
+    numbers = cores()
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(len(numbers)),
+        "GOMP_CPU_AFFINITY": " ".join(map(str, numbers)),
+        "OMP_PROC_BIND": "true",
+    }
+    command = [sys.executable, __file__, "--group", str(case), "--repeats", str(given.repeats)]
+    command += ["--quick"] * given.quick + ["--without", *given.without]
+    with open(path.with_suffix(".log"), "w") as log:
+        try:
+            code = subprocess.run(
+                command, env=env, stdout=log, stderr=log, timeout=GROUP_LIMIT
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = f"took longer than {GROUP_LIMIT} s"
+    if not path.exists():
+        tail = path.with_suffix(".log").read_text().splitlines()[-1:]
+        return {"broken": f"exit {code}: {' '.join(tail)}"}
+    return json.loads(path.read_text())
+
+
+def work(given: argparse.Namespace) -> None:
+    """Measure the group named on the command line, in this process."""
+    from cpu_group import measure
+
+    case = next(case for case in cases(given.quick) if str(case) == given.group)
+    shares = QUICK_SHARES if given.quick else SHARES
+    threads = int(os.environ["OMP_NUM_THREADS"])  # libgomp has bound this thread to one core by now
+    found = measure(case, shares, given.repeats, given.without, threads)
+    (OUT / f"{case}.json").write_text(json.dumps(found))
+
+
+def load(path: Path, fresh: bool) -> Record:
+    """What is already measured; exits if that was another machine or other versions."""
+    now = header()
+    if fresh or not path.exists():
+        return {**now, "groups": {}, "broken": {}}
+    found: Record = json.loads(path.read_text())
+    for key in ("versions", "machine"):
+        if found[key] != now[key]:
+            sys.exit(f"{path} was measured with {found[key]}, this is {now[key]}: use --fresh")
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few small groups, in out/cpu")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names: 768x3072, bf16-T1")
+    parser.add_argument("--without", nargs="*", default=[], help="rivals left out: ideal, default")
+    parser.add_argument("--fresh", action="store_true", help="forget finished groups")
+    parser.add_argument(
+        "--noisy", action="store_true", help="measure groups with noisy cells again"
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of the JSON and stop"
+    )
+    parser.add_argument("--group", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.quick:
+        given.without = [*given.without, "ideal", "default"]
+        given.repeats = min(given.repeats, 3)
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    OUT.mkdir(parents=True, exist_ok=True)
+    if given.group:
+        work(given)
+        return
+    result = OUT / "quick.json" if given.quick else RESULT
+    if given.table:
+        print(cpu_report.tables(json.loads(result.read_text())))
+        return
+    found = load(result, given.fresh)
+    for case in cases(given.quick):
+        name = str(case)
+        if given.only and not any(f"{part}-" in f"{name}-" for part in given.only):
+            continue
+        done = found["groups"].get(name)
+        noisy = done and any(cell["noisy"] for cell in done["cells"].values())
+        if done and not (given.noisy and noisy):
+            continue
+        record = run_group(case, given)
+        found["broken"].pop(name, None)
+        if "broken" in record:
+            found["broken"][name] = record["broken"]
+            print(f"{name}: {record['broken']}", flush=True)
+        else:
+            found["groups"][name] = record
+            speed = {share: round(cell["speedup"], 2) for share, cell in record["cells"].items()}
+            print(f"{name}: {record['seconds']:.0f} s, speed-up {speed}", flush=True)
+        result.write_text(json.dumps(found, indent=1) + "\n")
+    print(cpu_report.tables(found))
+    if found["broken"]:
+        sys.exit("some groups failed; run the command again to try them once more")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+// Register tiles of a matrix product over 32-bit lanes, and the vector primitives below them.
+//
+// A lane holds one fp32 value, or two neighbouring bf16 values: what one multiply-accumulate consumes along
+// the summed dimension. Rows of A are plain rows of the tensor, read as lanes; B is packed [steps][N][VL].
+#pragma once
+#include <algorithm>
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "vec.h"
+
+namespace {
+
+typedef uint32_t lane;
+typedef uint16_t bf16;
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+INLINE vu load_lanes(const lane* p) { vu v; std::memcpy(&v, p, sizeof v); return v; }
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// Round to nearest even; a NaN stays a NaN.
+INLINE bf16 to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (x != x) return bf16((bits >> 16) | 0x40);
+    return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if BF16
+typedef bf16 element;
+constexpr int PER_LANE = 2;
+#if defined(__AVX512BF16__)
+// acc[l] + a0 b0[l] + a1 b1[l] for the two halves of each lane.
+INLINE vf mac(vf acc, const lane* a, vu b) {
+    int bits;
+    std::memcpy(&bits, a, sizeof bits);
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)b);
+}
+#else
+INLINE vf mac(vf acc, const lane* a, vu b) {
+    lane pair;
+    std::memcpy(&pair, a, sizeof pair);
+    const vf low = (vf)(b << 16), high = (vf)(b & 0xffff0000u);
+    acc = fma(splat(to_float(bf16(pair & 0xffff))), low, acc);
+    return fma(splat(to_float(bf16(pair >> 16))), high, acc);
+}
+#endif
+// acc[l] + the products of the halves of lane l of a and b.
+INLINE vf dot(vf acc, vu a, vu b) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    acc = fma((vf)(a << 16), (vf)(b << 16), acc);
+    return fma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
+#endif
+}
+// Half `half` of each lane as fp32: elements 2 l + half.
+INLINE vf half_of(vu lanes, int half) { return half ? (vf)(lanes & 0xffff0000u) : (vf)(lanes << 16); }
+INLINE void store_rounded(element* p, vf v) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &half, sizeof half);
+#else
+    UNROLL for (int i = 0; i < VL; ++i) p[i] = to_bf16(v[i]);
+#endif
+}
+INLINE element rounded(float x) { return to_bf16(x); }
+#else
+typedef float element;
+constexpr int PER_LANE = 1;
+INLINE vf mac(vf acc, const lane* a, vu b) {
+    float x;
+    std::memcpy(&x, a, sizeof x);
+    return fma(splat(x), (vf)b, acc);
+}
+INLINE vf dot(vf acc, vu a, vu b) { return fma((vf)a, (vf)b, acc); }
+INLINE vf half_of(vu lanes, int) { return (vf)lanes; }
+INLINE void store_rounded(element* p, vf v) { store(p, v); }
+INLINE element rounded(float x) { return x; }
+#endif
+
+constexpr int64_t lanes_of(int64_t elements) { return (elements + PER_LANE - 1) / PER_LANE; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a tile fetches into the second-level cache while it computes: `pace` bytes a step from `from` on.
+struct Ahead {
+    const char* from;
+    int64_t pace;
+};
+
+// c[M][N] += sum over steps of a[m][step] b[step][n], M rows of `lda` lanes against N vectors a step.
+template <int M, int N>
+INLINE void tile(const lane* a, int64_t lda, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M][N]) {
+    constexpr int LINES = std::max<int>(1, N * VL * 4 / 64);
+    for (int64_t k = 0; k < steps; ++k) {
+        vu w[N];
+        UNROLL for (int n = 0; n < N; ++n) w[n] = load_lanes(b + (k * N + n) * VL);
+        UNROLL for (int n = 0; n < LINES; ++n) __builtin_prefetch(ahead.from + n * 64, 0, 2);
+        ahead.from += ahead.pace;
+        UNROLL for (int m = 0; m < M; ++m) {
+            UNROLL for (int n = 0; n < N; ++n) c[m][n] = mac(c[m][n], a + m * lda + k, w[n]);
+        }
+    }
+}
+
+// Calls f(std::integral_constant<int, m>) for the m in 1..Most that equals `rows`.
+template <int Most, class F>
+INLINE void with_rows(int rows, F f) {
+    if constexpr (Most > 0) {
+        if (rows == Most) f(std::integral_constant<int, Most>());
+        else with_rows<Most - 1>(rows, f);
+    }
+}
+
+}  // namespace

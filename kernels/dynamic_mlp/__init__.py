@@ -1,0 +1,121 @@
+"""dynamic_mlp: a converted block in one call, from its router to its output.
+
+    scores = |relu(x router1^T) router2^T|      mask = gate(scores, tau)
+    tokens, offsets = dispatch(mask)            y = expert_mlp(x, tokens, offsets, slabs, biases, f)
+
+x [..., D] fp32 or bf16, the dtype of the weights   y [..., width] in the same dtype
+record: [..] int64, the addresses and strides (kernels.native) that `Prepared` makes of other operands.
+
+Inference only: it has no gradient. Szatkowski et al. 2024, arXiv:2310.04361, equation 4.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import KernelError
+from .. import native
+from ..base import op
+from ..dispatch import dispatch
+from ..expert_mlp import expert_mlp
+from ..gate import gate
+
+
+@dataclass(eq=False)
+class Prepared:
+    """A block's operands, the record that kernels read them from, and what was made for kernels only.
+
+    Attributes:
+        router1, router2, tau, w_up, w_gate, w_down, b_up, b_gate, b_down, activation: see expert_mlp
+            and gate; kept alive by this object. When it dies its record names no kernel any more.
+        packs: whether a kernel may keep a copy of the weights in its own order.
+        record: the table, see kernels.native.
+        packed: that copy, once a call wanted it; None before, and where it is not allowed.
+        forced: [rows, E] bool masks that replace the gate's, row i of a call taking mask i modulo rows;
+            None outside of measurements at a given executed share.
+    """
+
+    router1: Tensor
+    router2: Tensor
+    tau: Tensor
+    w_up: Tensor
+    w_gate: Tensor | None
+    w_down: Tensor
+    b_up: Tensor | None
+    b_gate: Tensor | None
+    b_down: Tensor | None
+    activation: str
+    packs: bool = True
+    record: Tensor = field(init=False)
+    packed: Tensor | None = None
+    forced: Tensor | None = None
+    kept: list[Tensor] = field(default_factory=list)  # other memory that the record points to
+
+    def __post_init__(self) -> None:
+        self.record, number = native.table(), next(_NUMBERS)
+        native.write(self.record, id=number)
+        _PREPARED[number] = self
+        weakref.finalize(self, native.write, self.record, run=0).atexit = False
+
+    def weights(self) -> dict[str, Tensor | None]:
+        """Slabs and biases by operand name."""
+        names = ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")
+        return {name: getattr(self, name) for name in names}
+
+    @staticmethod
+    def of(record: Tensor) -> Prepared:
+        """The block that a record was made for; KernelError if it exists no more."""
+        found = _PREPARED.get(native.read(record, "id"))
+        if found is None:
+            raise KernelError(
+                "A compiled graph was called with the record of a block that was detached or converted "
+                "again. Call the compiled model itself, which looks its blocks up, not a captured graph."
+            )
+        return found
+
+    @property
+    def experts(self) -> int:
+        return self.router2.shape[0]
+
+
+_PREPARED: weakref.WeakValueDictionary[int, Prepared] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count(1)
+
+
+@op(version=1)
+def dynamic_mlp(x: Tensor, record: Tensor, width: int) -> Tensor:
+    """The block's output [..., width] from the experts that its router chooses for each row of x."""
+    block = Prepared.of(record)
+    scores = F.linear(F.relu(F.linear(x, block.router1)), block.router2).abs()
+    mask = gate(scores, block.tau)
+    if block.forced is not None:
+        rows = torch.arange(mask[..., 0].numel()) % len(block.forced)
+        mask = block.forced.to(mask.device)[rows.to(mask.device)].reshape(mask.shape)
+    tokens, offsets = dispatch(mask)
+    weights = block.weights().values()
+    result: Tensor = expert_mlp(x, tokens, offsets, *weights, None, [], block.activation)
+    return result
+
+
+@dynamic_mlp.fake
+def _(x: Tensor, record: Tensor, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
+
+
+@dynamic_mlp.flops
+def _(x: Tensor, record: Tensor, width: int, **_: object) -> int:
+    """Two FLOPs per multiply-add of router and chosen experts, as the ops it stands for count them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        dynamic_mlp.meaning(x, record, width)
+    return int(counter.get_total_flops())
+
+
+from . import cpu as cpu  # noqa: E402  (registers the implementation of the op above)

@@ -1,0 +1,127 @@
+"""dynamic_mlp on CPUs: the generated kernels of kernels.native behind the op, and behind Inductor.
+
+A block's weights are read where they lie for one token; for more, the first call packs a copy, unless
+`Prepared.packs` says no, in which case each call packs what it needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...ir import Schedule
+from .. import build, native
+from ..native import Spec, address, read, write
+from . import Prepared, dynamic_mlp
+
+
+def spec_of(block: Prepared) -> Spec:
+    """What a block's kernels depend on."""
+    hidden, d = block.w_up.shape
+    return Spec(
+        d=d,
+        out=block.w_down.shape[1],
+        experts=block.experts,
+        size=hidden // block.experts,
+        router=block.router1.shape[0],
+        gated=block.w_gate is not None,
+        bf16=block.w_up.dtype == torch.bfloat16,
+        activation=block.activation,
+    )
+
+
+def refusal(block: Prepared) -> str | None:
+    """Why a block cannot run as one kernel, or None if it can."""
+    return native.refusal(spec_of(block), block.weights())
+
+
+def fill(block: Prepared) -> bool:
+    """Complete a block's record for its kernels; False where there are none."""
+    if refusal(block) is not None:
+        return False
+    found = native.library(spec_of(block))
+    if found is None or build.call() is None:
+        return False
+    router = torch.empty(found.d2d_lanes(1), dtype=torch.int32)
+    parts = [t.detach().contiguous() for t in (block.router1, block.router2)]
+    found.d2d_pack_router(*map(address, parts), address(router))
+    block.kept = [router]
+    native.write_weights(block.record, block.weights())
+    run = ctypes.cast(found.d2d_run, ctypes.c_void_p).value
+    write(block.record, run=run, router=router, tau=block.tau, packs=int(block.packs))
+    return True
+
+
+def schedule(block: Prepared, chosen: Schedule, share: float) -> None:
+    """Let a block's kernels follow a schedule, `share` of the experts being expected to run."""
+    dense = chosen.dense_rows if share > chosen.dense_above else 0
+    write(block.record, fused_rows=chosen.fused_rows, dense_rows=dense)
+
+
+def force(block: Prepared, masks: Tensor | None) -> None:
+    """Let every call use these masks [rows, E] instead of the gate's, the router still being computed."""
+    block.forced = None if masks is None else masks.to("cpu", torch.bool).contiguous()
+    rows = 0 if block.forced is None else len(block.forced)
+    write(block.record, forced=block.forced, forced_rows=rows)
+
+
+def pack(block: Prepared) -> None:
+    """Make the block's packed copy and let its kernels use it; without memory they pack as they run."""
+    found = native.library(spec_of(block))
+    assert found is not None
+    write(block.record, packs=0)
+    try:
+        with torch.inference_mode(False):
+            packed = torch.empty(found.d2d_lanes(0), dtype=torch.int32)
+    except RuntimeError:  # the allocator's "not enough memory"
+        return
+    found.d2d_pack(address(block.record), address(packed))
+    block.packed = packed
+    write(block.record, packed=packed)
+
+
+def run_out(x: Tensor, record: Tensor, width: int, *, out: Tensor) -> Tensor:
+    """dynamic_mlp into `out`, for contiguous x and out."""
+    call = build.call()
+    assert call is not None
+    try:
+        call(record, x, out, x.numel())
+    except RuntimeError:
+        _attend(x, record, width, out)
+    return out
+
+
+def _attend(x: Tensor, record: Tensor, width: int, out: Tensor) -> None:
+    """What the kernel could not do: pack weights at a first call, or run a block without a kernel."""
+    block = Prepared.of(record)
+    if not read(record, "run"):
+        out.copy_(dynamic_mlp.meaning(x, record, width))
+    elif not read(record, "packs"):
+        raise native.no_memory(x.numel() // x.shape[-1]) from None
+    else:
+        pack(block)
+        run_out(x, record, width, out=out)
+
+
+def run(x: Tensor, record: Tensor, width: int) -> Tensor:
+    """dynamic_mlp as an implementation of the op."""
+    x = x.contiguous()
+    return run_out(x, record, width, out=x.new_empty(*x.shape[:-1], width))
+
+
+def accepts(x: Tensor, record: Tensor, width: int) -> bool:
+    """Whether the record is complete and x has its weights' dtype."""
+    same = x.device.type == "cpu" and x.dtype == Prepared.of(record).w_up.dtype
+    return same and read(record, "run") != 0
+
+
+dynamic_mlp.impl("cpu", run, accepts=accepts)
+
+
+@lru_cache(maxsize=1)
+def lower() -> None:
+    """Let Inductor compile the op to a direct call of `run_out`."""
+    build.lower_to_out(dynamic_mlp.overload, "d2d_dynamic_mlp", run_out)

@@ -1,0 +1,92 @@
+"""expert_mlp on CPUs, in C++: the kernels of kernels.native for lists that are given.
+
+Weights are packed as they are read, since the op has nowhere to keep a copy: about twice the bytes of a
+call whose weights are packed, and no Python between experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from . import expert_mlp
+
+
+def _spec(
+    x: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Tensor | None, w_down: Tensor, activation: str
+) -> native.Spec:
+    experts = offsets.numel() - 1
+    return native.Spec(
+        d=x.shape[-1],
+        out=w_down.shape[1],
+        experts=experts,
+        size=w_up.shape[0] // experts,
+        router=1,
+        gated=w_gate is not None,
+        bf16=w_up.dtype == torch.bfloat16,
+        activation=activation,
+    )
+
+
+def accepts(
+    x: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    w_up: Tensor,
+    w_gate: Tensor | None,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_down: Tensor | None,
+    noise: Tensor | None,
+    scalars: list[Tensor],
+    activation: str,
+) -> bool:
+    """Whether all is on the CPU in one supported dtype, and nothing but plain experts is asked for."""
+    if noise is not None or x.device.type != "cpu" or x.dtype != w_up.dtype:
+        return False
+    if any(scalar.numel() != 1 for scalar in scalars):
+        return False
+    weights = {"w_up": w_up, "w_gate": w_gate, "w_down": w_down}
+    weights |= {"b_up": b_up, "b_gate": b_gate, "b_down": b_down}
+    spec = _spec(x, offsets, w_up, w_gate, w_down, activation)
+    return native.refusal(spec, weights) is None and native.library(spec) is not None
+
+
+def run(
+    x: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    w_up: Tensor,
+    w_gate: Tensor | None,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_down: Tensor | None,
+    noise: Tensor | None,
+    scalars: list[Tensor],
+    activation: str,
+) -> Tensor:
+    """The block's output from the chosen experts, [..., D]."""
+    found = native.library(_spec(x, offsets, w_up, w_gate, w_down, activation))
+    assert found is not None
+    weights = {"w_up": w_up, "w_gate": w_gate, "w_down": w_down}
+    weights |= {"b_up": b_up, "b_gate": b_gate, "b_down": b_down}
+    record, x = native.table(), x.contiguous()
+    values = torch.stack([s.detach().reshape(()).float() for s in scalars]) if scalars else None
+    native.write_weights(record, weights)
+    native.write(record, scalars=values)
+    y = x.new_empty(*x.shape[:-1], w_down.shape[1], dtype=w_down.dtype)
+    rows = x.numel() // x.shape[-1]
+    lists = (tokens.contiguous(), offsets.contiguous())
+    operands = [native.address(t) for t in (record, x, y)]
+    if (
+        found.d2d_run_lists(*operands, native.count(rows), *map(native.address, lists))
+        != native.RAN
+    ):
+        raise native.no_memory(rows)
+    return y
+
+
+expert_mlp.impl("cpu", run, accepts=accepts)

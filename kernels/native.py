@@ -1,0 +1,161 @@
+"""Generated C++ of converted blocks: spec -> source -> library, and the records that the kernels read.
+
+The text is constants, the activation, and the skeletons of kernels/cpu (vec.h, tile.h, mlp.cpp). One
+library serves dynamic_mlp, which routes, and expert_mlp, whose lists are given. Records are int64 tables of
+addresses and strides: a call's cost grows with its arguments, about 0.4 us each, where a whole block of
+one token takes 15 us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ExpressionError, KernelError
+from ..ir import Schedule
+from . import build
+from .emit import activation_source
+
+FIELDS = (  # of struct Site in kernels/cpu/mlp.cpp, in order
+    *("run", "id", "up", "gate", "down", "up_stride", "gate_stride", "down_stride"),
+    *("b_up", "b_gate", "b_down", "router", "packed", "tau", "forced", "forced_rows"),
+    *("scalars", "decode", "packs", "fused_rows", "dense_rows"),
+)
+RAN, NO_MEMORY, WANTS_PACKED = range(3)  # enum Status of kernels/cpu/mlp.cpp
+DTYPES = (torch.float32, torch.bfloat16)
+SMALLEST = 1 << 16  # weights of a matrix: smaller ones are not worth seconds of compiling
+SKELETONS = Path(__file__).parent / "cpu"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the generated text depends on: sizes, gating, dtype, activation.
+
+    Attributes:
+        d, out: features of x and of y; experts, size: E experts of S neurons; router: its hidden width.
+        gated: whether a gate matrix multiplies the up matrix; bf16: bfloat16 instead of float32.
+        activation: the expression between the matrices (d2dcompile.expr).
+    """
+
+    d: int
+    out: int
+    experts: int
+    size: int
+    router: int
+    gated: bool
+    bf16: bool
+    activation: str
+
+    def __str__(self) -> str:
+        kind = "gated " if self.gated else ""
+        dtype = "bf16" if self.bf16 else "fp32"
+        return f"{kind}{self.d} x {self.experts * self.size} ({self.experts} experts) {dtype}"
+
+
+@lru_cache(maxsize=128)
+def source(spec: Spec) -> str:
+    """The C++ text of one kind of block, the same for the same spec.
+
+    Raises KernelError or ExpressionError for an activation without a C++ spelling.
+    """
+    sizes = {"D": spec.d, "OUT": spec.out, "S": spec.size, "E": spec.experts, "R": spec.router}
+    constants = "".join(f"constexpr int64_t {name} = {value};\n" for name, value in sizes.items())
+    return "\n".join(
+        [
+            f"// {spec}: {spec.activation}",
+            f"#define GATED {int(spec.gated)}",
+            f"#define BF16 {int(spec.bf16)}",
+            _skeleton("vec.h"),
+            f"namespace {{\n{constants}}}  // namespace",
+            activation_source(spec.activation),
+            _skeleton("tile.h"),
+            _skeleton("mlp.cpp"),
+        ]
+    )
+
+
+@lru_cache(maxsize=8)
+def _skeleton(name: str) -> str:
+    """A file of kernels/cpu without the lines that only make it stand alone."""
+    lines = (SKELETONS / name).read_text().splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("#pragma once", '#include "')))
+
+
+def refusal(spec: Spec, weights: Mapping[str, Tensor | None]) -> str | None:
+    """Why a block with these slabs and biases cannot run as C++, or None if it can."""
+    present = [t for t in weights.values() if t is not None]
+    dtype = present[0].dtype
+    if any(t.device.type != "cpu" for t in present):
+        return "its weights are not on a CPU"
+    if dtype not in DTYPES or any(t.dtype != dtype for t in present):
+        return "its weights are not all float32 or all bfloat16"
+    if any(t.stride(-1) != 1 for t in present):
+        return "its weights are not neuron-major"
+    if spec.d * spec.experts * spec.size < SMALLEST:
+        return f"its matrices have fewer than {SMALLEST} weights, too few to compile a kernel for"
+    try:
+        source(spec)
+    except (KernelError, ExpressionError) as error:
+        return str(error)
+    return build.compiler()
+
+
+@lru_cache(maxsize=128)
+def library(spec: Spec) -> ctypes.CDLL | None:
+    """The compiled kernels of a spec, or None where they cannot be built (a warning says why)."""
+    found = build.load(source(spec))
+    if found is not None:
+        found.d2d_lanes.restype = ctypes.c_int64
+        found.d2d_run.restype = found.d2d_run_lists.restype = ctypes.c_int64
+    return found
+
+
+def table() -> Tensor:
+    """An empty record."""
+    with torch.inference_mode(False):
+        return torch.zeros(len(FIELDS), dtype=torch.int64)
+
+
+def write(record: Tensor, **fields: Tensor | int | None) -> None:
+    """Set fields of a record: integers, and addresses of tensors, which must be kept alive."""
+    for name, value in fields.items():
+        number = value.data_ptr() if isinstance(value, Tensor) else value or 0
+        record[FIELDS.index(name)] = number
+
+
+def read(record: Tensor, name: str) -> int:
+    """A field of a record."""
+    return int(record[FIELDS.index(name)])
+
+
+def write_weights(record: Tensor, weights: Mapping[str, Tensor | None]) -> None:
+    """Set the fields of slabs w_up, w_gate, w_down [H, D] and biases b_up, b_gate, b_down."""
+    for role in ("up", "gate", "down"):
+        slab = weights[f"w_{role}"]
+        stride = 0 if slab is None else slab.stride(0)
+        write(record, **{role: slab, f"{role}_stride": stride, f"b_{role}": weights[f"b_{role}"]})
+    write(record, decode=1, fused_rows=Schedule().fused_rows)
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """A tensor's memory as C takes it."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def count(number: int) -> ctypes.c_int64:
+    """A size as C takes it."""
+    return ctypes.c_int64(number)
+
+
+def no_memory(rows: int) -> KernelError:
+    """The error of a call whose scratch space could not be had."""
+    return KernelError(
+        f"No memory for the scratch space of a block of {rows} tokens. Call the model with fewer tokens "
+        "at a time."
+    )
