@@ -63,7 +63,7 @@ BREAKS: dict[Callable[[GraphModule], None], str] = {
     skip_gate: "does not call",
     tokens_from_nowhere: "None does not call",
     read_before_computed: "not well formed",
-    lose_one: "1 expert_mlp nodes in the rewritten graph; expected 2",
+    lose_one: "1 expert_mlp and 0 dynamic_mlp nodes in the rewritten graph; expected 2",
 }
 
 

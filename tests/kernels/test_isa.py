@@ -1,0 +1,83 @@
+"""The generated source on other processors: AVX2 only, no AVX at all, and aarch64 by cross-compiling."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2dcompile import testing
+from d2dcompile.kernels import native
+from d2dcompile.kernels.dynamic_mlp import Prepared
+from d2dcompile.kernels.gate import tau_bits
+
+FLAGS = ("-O2", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wall", "-ffp-contract=off")
+SPECS = (
+    native.Spec(64, 35, 6, 24, 30, False, False, "gelu(up)"),
+    native.Spec(97, 35, 7, 5, 30, True, True, "silu(gate) * up"),
+)
+
+
+def built(compiler: str, spec: native.Spec, folder: Path, *flags: str) -> Path:
+    """The shared library of a spec; the source must compile without a warning of its own."""
+    source, library = folder / "block.cpp", folder / "block.so"
+    source.write_text(native.source(spec))
+    command = [compiler, *FLAGS, *flags, str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return library
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("flags", [("-mavx2", "-mfma"), ()], ids=["avx2", "no-avx"])
+@pytest.mark.parametrize("spec", SPECS, ids=["fp32", "bf16"])
+def test_runs_without_avx512(spec: native.Spec, flags: tuple[str, ...], tmp_path: Path) -> None:
+    found = ctypes.CDLL(str(built("g++", spec, tmp_path, *flags)))
+    found.d2d_lanes.restype = found.d2d_run.restype = ctypes.c_int64
+    dtype, hidden = torch.bfloat16 if spec.bf16 else torch.float32, spec.experts * spec.size
+    weights = {"w_up": torch.randn(hidden, spec.d), "w_down": torch.randn(hidden, spec.out)}
+    weights["w_gate"] = torch.randn(hidden, spec.d)
+    slabs = {name: (w * w.shape[1] ** -0.5).to(dtype) for name, w in weights.items()}
+    block = Prepared(
+        router1=torch.randn(spec.router, spec.d).to(dtype),
+        router2=torch.randn(spec.experts, spec.router).to(dtype),
+        tau=tau_bits(0.0),
+        **{**slabs, "w_gate": slabs["w_gate"] if spec.gated else None},
+        b_up=None,
+        b_gate=None,
+        b_down=None,
+        activation=spec.activation,
+    )
+    router = torch.empty(found.d2d_lanes(1), dtype=torch.int32)
+    found.d2d_pack_router(*map(native.address, (block.router1, block.router2, router)))
+    native.write_weights(block.record, block.weights())
+    native.write(block.record, router=router, tau=block.tau)
+    for rows in (1, 9, 200):
+        x = torch.randn(rows, spec.d).to(dtype)
+        mask = testing.routing_masks(rows, spec.experts, 0.5)
+        forced = mask.contiguous()
+        native.write(block.record, forced=forced, forced_rows=rows)
+        out = torch.full((rows, spec.out), torch.nan, dtype=dtype)
+        operands = map(native.address, (block.record, x, out))
+        assert found.d2d_run(*operands, native.count(x.numel())) == native.RAN
+        from d2dcompile.kernels.dispatch import dispatch
+        from d2dcompile.kernels.expert_mlp import expert_mlp
+
+        wide = [None if w is None else w.double() for w in block.weights().values()]
+        lists = dispatch(mask)
+        exact = expert_mlp.meaning(x.double(), *lists, *wide, None, [], spec.activation)
+        limit = 1e-2 if spec.bf16 else 2e-6
+        assert testing.rms(out.double() - exact) <= limit * testing.rms(exact)
+
+
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="needs Debian's g++-aarch64-linux-gnu"
+)
+@pytest.mark.parametrize("spec", SPECS, ids=["fp32", "bf16"])
+def test_compiles_for_aarch64(spec: native.Spec, tmp_path: Path) -> None:
+    library = built("aarch64-linux-gnu-g++", spec, tmp_path)
+    assert library.read_bytes()[18:20] == b"\xb7\x00"  # EM_AARCH64 in the ELF header
