@@ -1,6 +1,6 @@
 """Generated C++ of converted blocks: spec -> source -> library, and the records that the kernels read.
 
-The text is constants, the activation, and the skeletons of kernels/cpu (vec.h, tile.h, mlp.cpp). One
+The text is constants, the activation, and the skeletons of kernels/cpu. One
 library serves dynamic_mlp, which routes, and expert_mlp, whose lists are given. Records are int64 tables of
 addresses and strides: a call's cost grows with its arguments, about 0.4 us each, where a whole block of
 one token takes 15 us.
@@ -22,15 +22,16 @@ from ..ir import Schedule
 from . import build
 from .emit import activation_source
 
-FIELDS = (  # of struct Site in kernels/cpu/mlp.cpp, in order
+FIELDS = (  # of struct Site in kernels/cpu/site.h, in order
     *("run", "id", "up", "gate", "down", "up_stride", "gate_stride", "down_stride"),
     *("b_up", "b_gate", "b_down", "router", "packed", "tau", "forced", "forced_rows"),
     *("scalars", "decode", "packs", "fused_rows", "dense_rows"),
 )
-RAN, NO_MEMORY, WANTS_PACKED = range(3)  # enum Status of kernels/cpu/mlp.cpp
+RAN, NO_MEMORY, WANTS_PACKED = range(3)  # enum Status of kernels/cpu/site.h
 DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST = 1 << 16  # weights of a matrix: smaller ones are not worth seconds of compiling
 SKELETONS = Path(__file__).parent / "cpu"
+BODY = ("tile.h", "site.h", "pack.h", "product.h", "route.h", "decode.h", "batch.h", "mlp.cpp")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def source(spec: Spec) -> str:
             _skeleton("vec.h"),
             f"namespace {{\n{constants}}}  // namespace",
             activation_source(spec.activation),
-            _skeleton("tile.h"),
-            _skeleton("mlp.cpp"),
+            *map(_skeleton, BODY),
         ]
     )
 

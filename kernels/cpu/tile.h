@@ -16,7 +16,6 @@ typedef uint32_t lane;
 typedef uint16_t bf16;
 
 #define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
@@ -124,6 +123,24 @@ INLINE void tile(const lane* a, int64_t lda, const lane* b, int64_t steps, Ahead
         UNROLL for (int m = 0; m < M; ++m) {
             UNROLL for (int n = 0; n < N; ++n) c[m][n] = mac(c[m][n], a + m * lda + k, w[n]);
         }
+    }
+}
+
+// Steps whose products are summed in one go. Summed in order, a long fp32 row loses more bits than in libraries,
+// which sum it in blocks too; blocks near the square root of its length lose the fewest.
+constexpr int64_t RUN = PER_LANE == 1 ? 32 : INT64_MAX;
+
+// c[m][n] += the product, in sums of RUN steps.
+template <int M, int N>
+INLINE void product(const lane* a, int64_t lda, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M][N]) {
+    for (int64_t k = 0; k < steps;) {
+        const int64_t run = std::min(RUN, steps - k);
+        vf sums[M][N] = {};
+        tile<M, N>(a + k, lda, b + k * N * VL, run, {ahead.from + ahead.pace * k, ahead.pace}, sums);
+        for (int m = 0; m < M; ++m) {
+            UNROLL for (int n = 0; n < N; ++n) c[m][n] += sums[m][n];
+        }
+        k += run;
     }
 }
 

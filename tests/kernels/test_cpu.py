@@ -113,12 +113,16 @@ def run(block: Prepared, x: Tensor) -> Tensor:
 
 
 def assert_as_good(result: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """The error against fp64 is at most twice eager's, in root mean square; nothing is left NaN."""
+    """The error against fp64 is at most twice eager's, in root mean square; nothing is left NaN.
+
+    Of a few values eager's may be smaller than rounding one exact value costs, which is then the bound.
+    """
     assert result.shape == exact.shape and not result.isnan().any()
     if result.numel() == 0:
         return
     error, allowed = testing.rms(result.double() - exact), testing.rms(eager.double() - exact)
-    assert error <= 2 * allowed + 1e-9 * testing.rms(exact) + 1e-30
+    rounding = torch.finfo(result.dtype).eps / 2 * testing.rms(exact)
+    assert error <= max(2 * allowed, rounding) + 1e-30
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -286,7 +290,7 @@ def test_source_is_deterministic_and_differs_by_what_matters() -> None:
 
 def test_record_fields_are_those_of_the_struct() -> None:
     """FIELDS and struct Site list the same names in the same order."""
-    text = (native.SKELETONS / "mlp.cpp").read_text()
+    text = (native.SKELETONS / "site.h").read_text()
     body = text.split("struct Site {")[1].split("};")[0]
     names: list[str] = []
     for line in body.splitlines():

@@ -1,0 +1,124 @@
+// Scores, gate and lists: which rows each expert runs.
+#pragma once
+#include "site.h"
+
+namespace {
+
+template <int M, bool ABS>
+__attribute__((noinline)) void router_tile(
+    const lane* a, int64_t lda, const lane* b, int64_t steps, element* to, int64_t ld) {
+    vf c[M][2] = {};
+    product<M, 2>(a, lda, b, steps, {reinterpret_cast<const char*>(b) + 4096, 2 * VL * 4}, c);
+    for (int m = 0; m < M; ++m) {
+        for (int n = 0; n < 2; ++n) {
+            for (int i = 0; i < VL; ++i) {
+                const float v = c[m][n][i];
+                to[m * ld + n * VL + i] = rounded(ABS ? std::fabs(v) : v < 0 ? 0.0f : v);
+            }
+        }
+    }
+}
+
+// to = |A B| or relu(A B) for rows [r0, r1) and blocks [b0, b1) of 2 VL columns.
+template <bool ABS>
+void router_product(const lane* a, int64_t lda, int64_t r0, int64_t r1, const lane* b, int64_t steps,
+                    int64_t b0, int64_t b1, element* to, int64_t ld) {
+    const int64_t rows = r1 - r0, tiles = ceil_div(rows, UP_M);
+    for (int64_t j = b0; j < b1; ++j) {
+        for (int64_t i = 0, r = 0; i < tiles; ++i) {
+            const int64_t next = rows * (i + 1) / tiles;
+            with_rows<UP_M>(int(next - r), [&](auto m) {
+                router_tile<m(), ABS>(a + (r0 + r) * lda, lda, b + j * steps * 2 * VL, steps,
+                                      to + (r0 + r) * ld + j * 2 * VL, ld);
+            });
+            r = next;
+        }
+    }
+}
+
+// mask[e] = not (scores[e] < tau max_j scores[j]): a NaN keeps every expert.
+void gate_row(const element* scores, float tau, uint8_t* mask) {
+    float most = to_float(scores[0]);
+    for (int64_t e = 1; e < E; ++e) {
+        const float s = to_float(scores[e]);
+        most = s != s || s > most ? s : most;
+        if (most != most) break;
+    }
+    const float limit = tau * most;
+    for (int64_t e = 0; e < E; ++e) mask[e] = !(to_float(scores[e]) < limit);
+}
+
+// Where tau is 0 everything runs, whatever the scores are: not (s < 0 max) holds for all s >= 0 and for NaN. So it
+// does where nearly everything would, and the router costs more than it saves.
+void list_all(Call& call, Team team) {
+    const int64_t rows = call.rows;
+    for (int64_t e = E * team.me / team.n; e < E * (team.me + 1) / team.n; ++e) {
+        for (int64_t r = 0; r < rows; ++r) call.tokens[e * rows + r] = int32_t(r);
+    }
+    if (team.me == 0) {
+        for (int64_t e = 0; e <= E; ++e) call.offsets[e] = int32_t(e * rows);
+    }
+    call.barrier.wait(team.n);
+}
+
+void route(Call& call, Team team) {
+    const Site& site = call.site;
+    const auto [me, n] = team;
+    const int64_t rows = call.rows;
+    const bool dense = site.dense_rows && rows >= site.dense_rows;
+    if (dense || (*site.tau == 0 && !site.forced)) return list_all(call, team);
+    const lane *first = site.router, *second = site.router + RB * KS * 2 * VL;
+    const lane* a = as_lanes(call.x);
+    if (!PLAIN) {
+        a = call.hidden;  // free until the experts run; room for rows x KS is reserved
+        if (me == 0) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const int32_t t = int32_t(r);
+                gather(call, &t, 1, call.hidden + r * KS);
+            }
+        }
+        call.barrier.wait(n);
+    }
+    const bool by_rows = rows >= int64_t(n) * UP_M;
+    const int64_t r0 = rows * me / n, r1 = rows * (me + 1) / n;
+    if (by_rows) {
+        router_product<false>(a, KS, r0, r1, first, KS, 0, RB, call.routed, RL * PER_LANE);
+    } else {
+        router_product<false>(a, KS, 0, rows, first, KS, RB * me / n, RB * (me + 1) / n, call.routed,
+                              RL * PER_LANE);
+        call.barrier.wait(n);
+    }
+    router_product<true>(reinterpret_cast<const lane*>(call.routed), RL, r0, r1, second, RS, 0, EB,
+                         call.scores, EP);
+    float tau;
+    std::memcpy(&tau, site.tau, sizeof tau);
+    int32_t* counts = call.counts + me * E;
+    std::fill(counts, counts + E, 0);
+    for (int64_t r = r0; r < r1; ++r) {
+        uint8_t* mask = call.mask + r * E;
+        gate_row(call.scores + r * EP, tau, mask);
+        if (site.forced) std::memcpy(mask, site.forced + r % site.forced_rows * E, E);
+        for (int64_t e = 0; e < E; ++e) counts[e] += mask[e];
+    }
+    call.barrier.wait(n);
+    // Every thread finds the same offsets; it writes the tokens of its own rows behind those of earlier ones.
+    int32_t place[E], total = 0;
+    for (int64_t e = 0; e < E; ++e) {
+        if (me == 0) call.offsets[e] = total;
+        place[e] = total;
+        for (int i = 0; i < n; ++i) {
+            if (i < me) place[e] += call.counts[i * E + e];
+            total += call.counts[i * E + e];
+        }
+    }
+    if (me == 0) call.offsets[E] = total;
+    for (int64_t r = r0; r < r1; ++r) {
+        const uint8_t* mask = call.mask + r * E;
+        for (int64_t e = 0; e < E; ++e) {
+            if (mask[e]) call.tokens[place[e]++] = int32_t(r);
+        }
+    }
+    call.barrier.wait(n);
+}
+
+}  // namespace

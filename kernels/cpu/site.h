@@ -1,0 +1,167 @@
+// Sizes of one kind of block, what a call is given, and what its threads share.
+#pragma once
+#include "tile.h"
+
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <type_traits>
+
+namespace {
+
+#if defined(__AVX512F__) || defined(__ARM_NEON)  // 32 registers of a vector
+constexpr int UP_M = 12, DN_M = 6, DN = 4;
+#else  // 16
+constexpr int UP_M = 6, DN_M = 6, DN = 2;
+#endif
+constexpr int BLOCK = GATED ? VL : 2 * VL;  // neurons of one block
+constexpr int64_t KS = lanes_of(D);         // steps of the up product
+constexpr int64_t SS = lanes_of(S);         // steps of the down product of one expert
+constexpr int64_t NB = ceil_div(S, BLOCK);
+constexpr int64_t HL = NB * BLOCK / PER_LANE;  // lanes of one row of hidden values
+constexpr int64_t BLOCK_LANES = 2 * VL + KS * 2 * VL;
+constexpr int PANEL = DN * VL;  // output columns of one panel
+constexpr int64_t NP = ceil_div(OUT, PANEL);
+constexpr int64_t PANEL_LANES = SS * PANEL;
+constexpr int64_t UP_LANES = NB * BLOCK_LANES;
+constexpr int64_t EXPERT_LANES = UP_LANES + NP * PANEL_LANES;
+constexpr int64_t RB = ceil_div(R, 2 * VL), RS = lanes_of(R);
+constexpr int64_t RL = RB * 2 * VL / PER_LANE;
+constexpr int64_t EB = ceil_div(E, 2 * VL);
+constexpr int64_t EP = EB * 2 * VL;
+constexpr int64_t ROUTER_LANES = RB * KS * 2 * VL + EB * RS * 2 * VL;
+constexpr int64_t GATHERED = std::max<int64_t>(UP_M, (int64_t(1) << 20) / (4 * KS) / UP_M * UP_M);
+constexpr int64_t CHUNK = 2048;  // rows taken at once by two-phase
+
+// What a call needs beside x, as 64-bit integers: addresses, strides in elements. The same as FIELDS in
+// d2dcompile.kernels.native.
+struct Site {
+    int64_t run, id;
+    const element *up, *gate, *down;
+    int64_t up_stride, gate_stride, down_stride;
+    const element *b_up, *b_gate, *b_down;
+    const lane *router, *packed;
+    const int32_t* tau;
+    const uint8_t* forced;
+    int64_t forced_rows;
+    const float* scalars;
+    int64_t decode;      // whether one row is read from the model's own weights
+    int64_t packs;       // whether to ask for a packed copy where there is none
+    int64_t fused_rows;  // up to how many rows the fused schedule runs
+    int64_t dense_rows;  // from how many rows on everything runs, 0 for never
+};
+
+enum Status : int64_t { RAN = 0, NO_MEMORY = 1, WANTS_PACKED = 2 };
+
+struct Barrier {
+    std::atomic<int> arrived{0}, turn{0};
+    void wait(int threads) {
+        if (threads == 1) return;
+        const int mine = turn.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            turn.store(mine + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; turn.load(std::memory_order_acquire) == mine; ++spins) {
+            if (spins > 4096) sched_yield();
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    }
+};
+
+// Memory that grows and is kept, one a calling thread: fresh pages cost more than small calls do.
+class Scratch {
+    char* memory = nullptr;
+    size_t size = 0, used = 0;
+
+public:
+    ~Scratch() { std::free(memory); }
+    bool reserve(size_t bytes) {
+        used = 0;
+        if (bytes <= size) return true;
+        std::free(memory);
+        size = (bytes + 4095) / 4096 * 4096;
+        memory = static_cast<char*>(std::aligned_alloc(4096, size));
+        if (!memory) size = 0;
+        return memory != nullptr;
+    }
+    template <class T>
+    T* take(size_t count) {
+        T* start = reinterpret_cast<T*>(memory + used);
+        used += (count * sizeof(T) + 127) / 128 * 128;
+        return start;
+    }
+};
+thread_local Scratch scratch;
+
+INLINE const lane* as_lanes(const element* p) { return reinterpret_cast<const lane*>(p); }
+
+// The lane with elements k and k + 1 (bf16) or k (fp32) of a row of `size` elements.
+INLINE lane lane_at(const element* row, int64_t step, int64_t size) {
+    lane bits = 0;
+    const int64_t k = step * PER_LANE, count = std::min<int64_t>(PER_LANE, size - k);
+    std::memcpy(&bits, row + k, size_t(count) * sizeof(element));
+    return bits;
+}
+
+// A thread's number, and how many there are.
+struct Team {
+    int me, n;
+};
+
+struct Lists {
+    const int32_t *tokens, *offsets;
+    int64_t count(int64_t e) const { return offsets[e + 1] - offsets[e]; }
+};
+
+struct Call {
+    const Site& site;
+    const element* x;
+    element* y;
+    int64_t rows;
+    bool fused;
+    Barrier barrier;
+    Lists lists;
+    // scratch
+    lane *hidden = nullptr, *pairs = nullptr;
+    element *routed = nullptr, *scores = nullptr;
+    uint8_t* mask = nullptr;
+    int32_t *counts = nullptr, *tokens = nullptr, *offsets = nullptr;
+    float* outputs = nullptr;
+    lane *gathered = nullptr, *unpacked = nullptr;
+    int64_t own_lanes = 0;
+};
+
+// The rows of x as lanes, `stride` lanes apart: x itself, or a padded copy of an odd bf16 width.
+constexpr bool PLAIN = D % PER_LANE == 0;
+
+void gather(const Call& call, const int32_t* token, int64_t rows, lane* to) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const element* from = call.x + token[r] * int64_t(D);
+        if (!PLAIN) to[r * KS + KS - 1] = 0;
+        std::memcpy(to + r * KS, from, D * sizeof(element));
+    }
+}
+
+void write_row(const Call& call, int64_t t, int64_t first, int64_t width, const float* sum) {
+    element* y = call.y + t * OUT + first;
+    const element* bias = call.site.b_down ? call.site.b_down + first : nullptr;
+    int64_t c = 0;
+    for (; c + VL <= width; c += VL) {
+        vf v = load(sum + c);
+        if (bias) {
+            vf b = {};
+            for (int i = 0; i < VL; ++i) b[i] = to_float(bias[c + i]);
+            v += b;
+        }
+        store_rounded(y + c, v);
+    }
+    for (; c < width; ++c) y[c] = rounded(sum[c] + (bias ? to_float(bias[c]) : 0.0f));
+}
+
+}  // namespace
