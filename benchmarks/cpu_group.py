@@ -12,11 +12,12 @@ from typing import Any
 import cpu_cases
 import cpu_ours
 import cpu_rivals
-import timing
 import torch
 from cpu_cases import Case
 from cpu_ceilings import ceilings
 from torch import Tensor
+
+from d2dcompile import timing
 
 COMPILE_LIMIT = 150  # seconds until a rival's first call must be over
 SLOW = 4  # a rival this many times slower than the best dense one is timed once, outside the turns

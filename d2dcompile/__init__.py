@@ -19,6 +19,7 @@ from .explaining import Report, explain
 from .ir import Conversion, Experts, Miss, Plan, Site
 from .measuring import SiteStats, Stats, fit_tau, measure
 from .rewriting import rewrite
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -42,4 +43,5 @@ __all__ = [
     "measure",
     "rewrite",
     "set_tau",
+    "tune",
 ]

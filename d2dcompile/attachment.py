@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import schedules
 from .capture import unwrap
 from .errors import ConversionMismatchError, TauError, WeightsChangedError
 from .expr import parse, quiet, without_casts
 from .ir import Conversion, Experts, Schedule, Site
+from .kernels import native
 from .kernels.dynamic_mlp import Prepared, cpu
 from .kernels.gate import tau_bits
 from .layout import digest, permuted, slabs
@@ -72,7 +74,7 @@ class State:
         self.tau = tau
         for device, held in self._tau.items():
             held.copy_(tau_bits(tau, device))
-        self._steer()
+        self.steer()
 
     def tau_on(self, device: torch.device) -> Tensor:
         """The threshold as int32 bits on a device; the same tensor for the life of the state."""
@@ -142,7 +144,7 @@ class State:
             block = Prepared(**values, activation=self.site.activation, packs=packs)
             cpu.fill(block)
             self._prepared[packs] = held = key, block
-            self._steer()
+            self.steer()
         return held[1]
 
     def expected_share(self) -> float:
@@ -159,11 +161,14 @@ class State:
     @property
     def dense_rows(self) -> int:
         """Tokens of a call from which every expert runs, since few would be skipped; 0 for never."""
-        chosen = self.schedule
-        return chosen.dense_rows if self.expected_share() > chosen.dense_above else 0
+        return self.schedule.dense_rows(self.expected_share())
 
-    def _steer(self) -> None:
-        """Bring the kernels' records up to date with tau, forced masks and schedule."""
+    def steer(self) -> None:
+        """Bring the kernels' records up to date with tau, forced masks and measured schedules."""
+        if not self._prepared:
+            return
+        spec = native.spec_of(self.experts, self.weight("down").dtype)
+        self.schedule = schedules.lookup(spec)
         for _, block in self._prepared.values():
             cpu.force(block, self.forced)
             cpu.schedule(block, self.schedule, self.expected_share())
@@ -171,7 +176,7 @@ class State:
     def force_masks(self, masks: Tensor | None) -> None:
         """Use masks [rows, E] instead of the gate's, as `testing.forced_share` does; None ends it."""
         self.forced = masks
-        self._steer()
+        self.steer()
 
     def release(self) -> None:
         """Drop what was made for kernels: records and packed copies."""

@@ -2,6 +2,7 @@
 
     D2D_<FIELD>=value    overrides the default of that field of `Config`, e.g. D2D_EXPERT_SIZE=64
     D2D_DUMP=folder      writes each captured and rewritten graph there
+    D2D_CACHE=folder     keeps measured schedules there
     D2D_IMPL=op:name,..  picks an implementation, e.g. D2D_IMPL=expert_mlp:reference
 
 A `D2D_*` variable with another name is an error, so that a misspelt one is never ignored.
@@ -13,7 +14,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-RUNTIME_VARIABLES = ("D2D_DUMP", "D2D_IMPL")
+RUNTIME_VARIABLES = ("D2D_DUMP", "D2D_IMPL", "D2D_CACHE")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ class KernelError(D2DError, RuntimeError):
     """An op was asked for an implementation that does not exist or refuses the arguments."""
 
 
+class TuningError(D2DError, ValueError):
+    """A tuning run was asked for what it cannot measure, or a file of schedules is damaged."""
+
+
 class VerifyError(D2DError, RuntimeError):
     """A graph breaks an invariant after a pass; a defect of this package, please report it."""
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from .attachment import states
 from .capture import Captured, parameter_names, unwrap
 from .ir import Miss, Site
+from .lowering import running
 from .passes import Match
 from .passes.canonicalize import View
 from .passes.names import op_name
@@ -32,6 +34,8 @@ class Report:
         graphs: how many graphs Dynamo ran (more than one: graph breaks).
         breaks: why Dynamo broke the model into graphs, each reason once.
         recompiles: how many of the graphs replaced an earlier graph of the same code.
+        running: {site name: how it runs} of the sites with an attached conversion: as one kernel or
+            as separate ops, dense from how many tokens on, copies of weights, and why.
     """
 
     sites: tuple[Site, ...]
@@ -40,6 +44,7 @@ class Report:
     graphs: int
     breaks: tuple[str, ...] = ()
     recompiles: int = 0
+    running: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{'site':<44} {'as':<10} {'D':>6} {'H':>6} {'share':>6}  activation"]
@@ -59,6 +64,7 @@ class Report:
             f"{len(self.breaks)} graph break(s), {self.recompiles} recompilation(s)."
         )
         lines += [f"  graph break: {reason}" for reason in self.breaks]
+        lines += [f"  {name}: {text}" for name, text in self.running.items()]
         lines += [f"  {m.share:>6.1%}  {m.where or m.node}: {m.reason}" for m in self.misses]
         return "\n".join(lines)
 
@@ -186,6 +192,7 @@ class Explaining:
             self.graphs,
             tuple(dict.fromkeys(self.breaks)),
             self.recompiles,
+            running={state.site.name: running(state) for state in states(model)},
         )
 
 

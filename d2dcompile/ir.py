@@ -101,16 +101,30 @@ class Schedule:
     """How a block's kernel runs on one processor: closed-form defaults, or what a tuning run measured.
 
     Attributes:
+        decode: whether one token is computed from the model's own weights, not from a packed copy.
         fused_rows: tokens of a call up to which weights are streamed once per thread, up and down
             together; above, all hidden values are computed first.
-        dense_above: executed share, 0..1, above which calls of `dense_rows` tokens or more skip the
-            router and run every expert, since that is faster.
-        dense_rows: see there.
+        near, far: bytes of weights to fetch ahead while one tile of rows, or several, use each.
+        break_even: pairs (tokens, share) in rising order: from so many tokens a call on, an executed
+            share above this one costs more than to skip the router and run every expert; a share of 1
+            means that it never does.
     """
 
+    decode: bool = True
     fused_rows: int = 128  # equal at 64 to 197 tokens on two cores of a Zen 4
-    dense_above: float = 0.93  # router and gathering cost about 5 % of a block's arithmetic there
-    dense_rows: int = 129
+    near: int = 8192
+    far: int = 65536
+    # Router and gathering cost about 5 % of a block's arithmetic there.
+    break_even: tuple[tuple[int, float], ...] = ((129, 0.93),)
+
+    def dense_rows(self, share: float) -> int:
+        """From how many tokens a call on every expert runs if `share` would be executed; 0: never."""
+        found = 0
+        for rows, limit in reversed(self.break_even):
+            if share <= limit:
+                break
+            found = rows
+        return found
 
 
 @dataclass(frozen=True)

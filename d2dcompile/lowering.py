@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from .attachment import State
-from .kernels import build
+from .kernels import build, native
 from .kernels.dynamic_mlp import Prepared, cpu
 from .passes import Match
+from .passes.insert_moe import SLABS, operand_names
 from .passes.names import dtype_of
 
 log = logging.getLogger(__name__)
@@ -24,17 +25,49 @@ def lower(
     matches: converted matches of one graph, with their attached states by site name. packs: whether
     kernels may keep a copy of the weights. inductor: whether Inductor compiles the graph.
     """
+    build.load_all(_sources(matches, states), progress=True)
     blocks: dict[str, Prepared] = {}
     for found in matches:
         reason = _refusal(found, states[found.site.name])
         if reason is None:
             blocks[found.site.name] = states[found.site.name].prepared(packs)
+            states[found.site.name].steer()
         else:
             log.info("site %s runs as separate ops: %s", found.site.name, reason)
     ready = frozenset(name for name, block in blocks.items() if int(block.record[0]))
     if ready and inductor:
         cpu.lower()
     return ready
+
+
+def running(state: State) -> str:
+    """How an attached site runs on this CPU and why, for a report: kernel or ops, dense or not, copies."""
+    dtype = state.weight("down").dtype
+    operands = dict(zip(operand_names(state.site), state.operands(), strict=True))
+    spec = native.spec_of(state.experts, dtype)
+    reason = native.refusal(spec, {name: operands.get(name) for name in SLABS})
+    if reason is not None:
+        return f"separate ops, since {reason}"
+    text = [f"one kernel, {spec}"]
+    share, rows = state.expected_share(), state.dense_rows
+    if rows:
+        limit = max(limit for n, limit in state.schedule.break_even if n >= rows)
+        text.append(
+            f"dense from {rows} tokens on, since the executed share is expected to be {share:.2f}, "
+            f"above the break-even of {limit:.2f}"
+        )
+    if state.packed_bytes:
+        text.append(f"copies of {state.packed_bytes / 1e6:.1f} MB")
+    return "; ".join(text)
+
+
+def _sources(matches: Sequence[Match], states: Mapping[str, State]) -> Iterator[str]:
+    """The kernels' texts that these sites need, so that several are compiled at once."""
+    for found in matches:
+        state = states[found.site.name]
+        spec = native.spec_of(state.experts, state.weight("down").dtype)
+        if native.unfit(spec) is None and not torch.is_grad_enabled():
+            yield native.source(spec)
 
 
 def _refusal(found: Match, state: State) -> str | None:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from .attachment import states
 from .capture import Captured, from_dynamo, parameter_names
+from .trial import routing_masks as routing_masks
 
 VOCABULARY = 99
 _SIZES: dict[str, Any] = {
@@ -194,35 +195,6 @@ def error_ratio(result: Tensor, dense: Tensor, exact: Tensor) -> float:
 def batches_of(inputs: Any, count: int) -> list[Any]:
     """The same batch several times, for calibration in tests."""
     return list(itertools.repeat(inputs, count))
-
-
-def routing_masks(rows: int, experts: int, share: float, seed: int = 0) -> Tensor:
-    """Random masks [rows, E] of which `share` is chosen, as skewed as real routing; at least one a row.
-
-    Popularity of experts is log-normal (sigma 0.7), so is the number of experts a row takes (0.5).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    popularity = 0.7 * torch.randn(experts, generator=generator)
-    wanted = torch.exp(0.5 * torch.randn(rows, generator=generator))
-    total = max(rows, round(share * rows * experts))
-    counts = _rounded(wanted, total, experts)
-    noise = -torch.log(-torch.log(torch.rand(rows, experts, generator=generator)))
-    ranks = (popularity + noise).argsort(1, descending=True).argsort(1)
-    return ranks < counts[:, None]
-
-
-def _rounded(wanted: Tensor, total: int, most: int) -> Tensor:
-    """Whole numbers in 1..most in proportion to `wanted`, as far as that allows, of the given sum."""
-    low, high = 0.0, float(most / wanted.min())
-    for _ in range(60):
-        middle = (low + high) / 2
-        counts = (wanted * middle).round().clamp(1, most).long()
-        low, high = (middle, high) if int(counts.sum()) < total else (low, middle)
-    counts = (wanted * high).round().clamp(1, most).long()
-    for i in range(len(counts)):
-        spare = int(counts.sum()) - total
-        counts[i] = (counts[i] - spare).clamp(1, most) if spare > 0 else counts[i]
-    return counts
 
 
 @contextmanager

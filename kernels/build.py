@@ -108,7 +108,7 @@ def load_all(sources: Iterable[str], progress: bool = False) -> None:
         max_workers=max(1, min(len(distinct), torch.get_num_threads()))
     ) as pool:
         done = pool.map(load, distinct)
-        bar = tqdm(done, "kernels", len(distinct), disable=not progress or len(distinct) < 2)
+        bar = tqdm(done, "kernels", len(distinct), disable=not progress, delay=0.5)
         for _ in bar:
             pass
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ExpressionError, KernelError
-from ..ir import Schedule
+from ..ir import Experts, Schedule
 from . import build
 from .emit import activation_source
 
 FIELDS = (  # of struct Site in kernels/cpu/site.h, in order
     *("run", "id", "up", "gate", "down", "up_stride", "gate_stride", "down_stride"),
     *("b_up", "b_gate", "b_down", "router", "packed", "tau", "forced", "forced_rows"),
-    *("scalars", "decode", "packs", "fused_rows", "dense_rows"),
+    *("scalars", "decode", "packs", "fused_rows", "near", "far", "dense_rows"),
 )
 RAN, NO_MEMORY, WANTS_PACKED = range(3)  # enum Status of kernels/cpu/site.h
 DTYPES = (torch.float32, torch.bfloat16)
@@ -87,6 +87,22 @@ def _skeleton(name: str) -> str:
     return "\n".join(line for line in lines if not line.startswith(("#pragma once", '#include "')))
 
 
+def spec_of(experts: Experts, dtype: torch.dtype) -> Spec:
+    """The kind of block that a converted site is when its weights have this dtype."""
+    site, plan = experts.site, experts.plan
+    shape = experts.hashes["down"]["shape"]
+    return Spec(
+        d=site.d_model,
+        out=shape[1 if "down" in site.transposed else 0],
+        experts=plan.experts,
+        size=plan.expert_size,
+        router=plan.router_width,
+        gated=site.kind == "glu",
+        bf16=dtype == torch.bfloat16,
+        activation=site.activation,
+    )
+
+
 def refusal(spec: Spec, weights: Mapping[str, Tensor | None]) -> str | None:
     """Why a block with these slabs and biases cannot run as C++, or None if it can."""
     present = [t for t in weights.values() if t is not None]
@@ -97,13 +113,18 @@ def refusal(spec: Spec, weights: Mapping[str, Tensor | None]) -> str | None:
         return "its weights are not all float32 or all bfloat16"
     if any(t.stride(-1) != 1 for t in present):
         return "its weights are not neuron-major"
+    return unfit(spec) or build.compiler()
+
+
+def unfit(spec: Spec) -> str | None:
+    """Why there is no kernel for this kind of block on any machine, or None if there is."""
     if spec.d * spec.experts * spec.size < SMALLEST:
         return f"its matrices have fewer than {SMALLEST} weights, too few to compile a kernel for"
     try:
         source(spec)
     except (KernelError, ExpressionError) as error:
         return str(error)
-    return build.compiler()
+    return None
 
 
 @lru_cache(maxsize=128)
@@ -140,7 +161,13 @@ def write_weights(record: Tensor, weights: Mapping[str, Tensor | None]) -> None:
         slab = weights[f"w_{role}"]
         stride = 0 if slab is None else slab.stride(0)
         write(record, **{role: slab, f"{role}_stride": stride, f"b_{role}": weights[f"b_{role}"]})
-    write(record, decode=1, fused_rows=Schedule().fused_rows)
+    write_schedule(record, Schedule())
+
+
+def write_schedule(record: Tensor, chosen: Schedule) -> None:
+    """Set the fields of a schedule, all but the number of rows from which everything runs."""
+    names = ("decode", "fused_rows", "near", "far")
+    write(record, **{name: int(getattr(chosen, name)) for name in names})
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:

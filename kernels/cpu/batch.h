@@ -68,11 +68,11 @@ void run_fused(Call& call, Team team) {
             const int64_t m = std::min<int64_t>(GATHERED, call.lists.offsets[e + 1] - r);
             const int32_t* token = call.lists.tokens + r;
             const lane* a = rows_for(call, e, r, m, gathered);
-            up_rows(a, KS, m, packed, b0, b1, EXPERT_LANES * 4, after, call.site.scalars, h,
-                    HL * PER_LANE);
+            up_rows(call.site, a, KS, m, packed, b0, b1, EXPERT_LANES * 4, after, h, HL * PER_LANE);
             for (int64_t p = 0; p < NP; ++p) {
                 const lane* panel = packed_panel(call, e, p, own + UP_LANES);
-                const char* from = later(packed, (UP_LANES + p * PANEL_LANES) * 4, EXPERT_LANES * 4, after, m);
+                const char* from = later(call.site, packed, (UP_LANES + p * PANEL_LANES) * 4, EXPERT_LANES * 4,
+                                         after, m);
                 down_rows(reinterpret_cast<lane*>(h) + s0, HL, m, panel + s0 * PANEL, s1 - s0, from,
                           sums + p * PANEL, token, WIDTH);
             }
@@ -101,7 +101,7 @@ void run_two_phase(Call& call, Team team) {
         for (int64_t r = call.lists.offsets[e]; r < call.lists.offsets[e + 1]; r += GATHERED) {
             const int64_t m = std::min<int64_t>(GATHERED, call.lists.offsets[e + 1] - r);
             const lane* a = rows_for(call, e, r, m, gathered);
-            up_rows(a, KS, m, packed, b0, b1, UP_LANES * 4, after, call.site.scalars,
+            up_rows(call.site, a, KS, m, packed, b0, b1, UP_LANES * 4, after,
                     reinterpret_cast<element*>(call.pairs + r * HL), HL * PER_LANE);
         }
     });

@@ -26,10 +26,11 @@ __attribute__((noinline)) void up_tile(
 }
 
 // What is read some bytes after the weights at `offset` of a contiguous piece of `size` bytes: the rest of the
-// piece, then the start of the `next` one. The distance hides memory's latency; it is longer where several
-// tiles of rows pass over the same weights, so that arithmetic and reading overlap (measured on Zen 4).
-INLINE const char* later(const lane* piece, int64_t offset, int64_t size, const lane* next, int64_t rows) {
-    const int64_t at = offset + (rows <= UP_M ? 8192 : 65536);
+// piece, then the start of the `next` one. The distance hides memory's latency (near); it is longer where several
+// tiles of rows pass over the same weights, so that arithmetic and reading overlap (far).
+INLINE const char* later(const Site& site, const lane* piece, int64_t offset, int64_t size, const lane* next,
+                         int64_t rows) {
+    const int64_t at = offset + (rows <= UP_M ? site.near : site.far);
     return reinterpret_cast<const char*>(at < size ? piece : next) + (at < size ? at : at - size);
 }
 
@@ -39,17 +40,17 @@ INLINE Ahead part(const char* from, int64_t bytes, int64_t i, int64_t tiles, int
 }
 
 // Hidden values of `rows` rows of A for blocks [b0, b1) of an expert; `next` is read after its `size` bytes.
-void up_rows(const lane* a, int64_t lda, int64_t rows, const lane* packed, int64_t b0, int64_t b1,
-             int64_t size, const lane* next, const float* scalars, element* h, int64_t ldh) {
+void up_rows(const Site& site, const lane* a, int64_t lda, int64_t rows, const lane* packed, int64_t b0,
+             int64_t b1, int64_t size, const lane* next, element* h, int64_t ldh) {
     const int64_t tiles = ceil_div(rows, UP_M);
     for (int64_t b = b0; b < b1; ++b) {
         const int valid = int(std::min<int64_t>(BLOCK, S - b * BLOCK));
-        const char* from = later(packed, b * BLOCK_LANES * 4, size, next, rows);
+        const char* from = later(site, packed, b * BLOCK_LANES * 4, size, next, rows);
         for (int64_t i = 0, r = 0; i < tiles; ++i) {
             const int64_t next = rows * (i + 1) / tiles;  // even heights: 13 = 7 + 6
             with_rows<UP_M>(int(next - r), [&](auto m) {
                 up_tile<m()>(a + r * lda, lda, packed + b * BLOCK_LANES,
-                             part(from, BLOCK_LANES * 4, i, tiles, KS), scalars,
+                             part(from, BLOCK_LANES * 4, i, tiles, KS), site.scalars,
                              h + r * ldh + b * BLOCK, ldh, valid);
             });
             r = next;

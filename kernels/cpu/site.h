@@ -50,6 +50,7 @@ struct Site {
     int64_t decode;      // whether one row is read from the model's own weights
     int64_t packs;       // whether to ask for a packed copy where there is none
     int64_t fused_rows;  // up to how many rows the fused schedule runs
+    int64_t near, far;   // bytes to fetch ahead, see later()
     int64_t dense_rows;  // from how many rows on everything runs, 0 for never
 };
 

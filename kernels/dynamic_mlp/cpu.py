@@ -57,8 +57,8 @@ def fill(block: Prepared) -> bool:
 
 def schedule(block: Prepared, chosen: Schedule, share: float) -> None:
     """Let a block's kernels follow a schedule, `share` of the experts being expected to run."""
-    dense = chosen.dense_rows if share > chosen.dense_above else 0
-    write(block.record, fused_rows=chosen.fused_rows, dense_rows=dense)
+    native.write_schedule(block.record, chosen)
+    write(block.record, dense_rows=chosen.dense_rows(share))
 
 
 def force(block: Prepared, masks: Tensor | None) -> None:

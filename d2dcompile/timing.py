@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+Name = TypeVar("Name")
 WINDOW = 0.04  # seconds a sample lasts at least: several scheduler ticks of 4 to 10 ms
 FOREIGN = 0.1  # share of the processor that others may use in a sample
 RETRIES = 4  # times a disturbed sample is taken again before it is kept
@@ -33,18 +35,18 @@ class Timing:
 
 
 def alternate(
-    candidates: Mapping[str, Callable[[], object]],
-    estimates: Mapping[str, float],
+    candidates: Mapping[Name, Callable[[], object]],
+    estimates: Mapping[Name, float],
     repeats: int = 7,
     seed: int = 0,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Timing of each candidate; every repeat runs all of them, in an order drawn anew.
 
     estimates: seconds a call by `estimate`, which decide how many calls make a sample.
     """
     order = list(candidates)
     draw = random.Random(seed)
-    taken: dict[str, list[tuple[float, bool]]] = {name: [] for name in order}
+    taken: dict[Name, list[tuple[float, bool]]] = {name: [] for name in order}
     for _ in range(repeats):
         draw.shuffle(order)
         for name in order:

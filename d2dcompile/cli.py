@@ -1,0 +1,207 @@
+"""The command line: d2dcompile tune | bench, each with --json.
+
+    d2dcompile tune FOLDER                        tune the kinds of blocks of a saved conversion
+    d2dcompile tune "768x3072 gelu(up) bf16"      ... of a shape, without a conversion
+    d2dcompile tune show | export FILE | import FILE
+    d2dcompile bench FOLDER|SHAPE --tokens 1 16 --shares 0.1 0.2
+
+Results go to standard output, progress and warnings to standard error; errors end with status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import schedules, tuning
+from .errors import D2DError, TuningError
+from .kernels.native import Spec
+from .schedules import Entry
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPE = re.compile(r"(\d+)x(\d+)\s+(.+?)(?:\s+(fp32|bf16))?")
+EXPERT_SIZE, ROUTER = 64, 128  # of a shape that says nothing else
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    given = _parser().parse_args(arguments)
+    try:
+        result: int = given.run(given)
+        return result
+    except D2DError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("d2dcompile", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    both = argparse.ArgumentParser(add_help=False)
+    both.add_argument(
+        "--dtype", choices=DTYPES, help="the dtype to run in; of a conversion both by default"
+    )
+    both.add_argument("--device", default="auto", choices=("auto", "cpu"), help="where kernels run")
+    both.add_argument("--threads", type=int, help="of the kernels; by default torch's")
+    both.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    tune = commands.add_parser(
+        "tune", parents=[both], help="measure kernels and keep the fastest schedules"
+    )
+    tune.add_argument(
+        "target", help='folder of a conversion, "DxH ACTIVATION [DTYPE]", show, export, import'
+    )
+    tune.add_argument("file", nargs="?", type=Path, help="of export and import")
+    tune.add_argument("--effort", choices=tuning.ROWS, default="quick")
+    tune.add_argument(
+        "--budget", type=_seconds, default=120.0, help="for example 120s; default 120s"
+    )
+    tune.set_defaults(run=_tune)
+
+    bench = commands.add_parser(
+        "bench", parents=[both], help="time all candidates beside the dense block"
+    )
+    bench.add_argument("target", help='folder of a conversion, or "DxH ACTIVATION [DTYPE]"')
+    bench.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256])
+    bench.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.4])
+    bench.add_argument(
+        "--max-autotune", action="store_true", help="also dense under Inductor's max-autotune"
+    )
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _seconds(text: str) -> float:
+    number = float(text.removesuffix("s"))
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return number
+
+
+def _specs(given: argparse.Namespace) -> list[Spec]:
+    """The kinds of blocks that a command is about."""
+    dtypes = [DTYPES[given.dtype]] if given.dtype else []
+    shape = SHAPE.fullmatch(given.target)
+    if shape is not None:
+        return [_shape(shape, bf16) for bf16 in _bf16(given.dtype or shape[4])]
+    if not Path(given.target).is_dir():
+        raise TuningError(
+            f"{given.target!r} is neither the folder of a saved conversion nor a shape such as "
+            "'768x3072 gelu(up) bf16' or '2048x5632 silu(gate) * up'."
+        )
+    from .artifact import load
+
+    return tuning.specs_of(load(given.target), dtypes)
+
+
+def _bf16(name: str | None) -> list[bool]:
+    return [False, True] if name is None else [name == "bf16"]
+
+
+def _shape(found: re.Match[str], bf16: bool) -> Spec:
+    from .expr import parse
+
+    d, hidden, activation = int(found[1]), int(found[2]), found[3]
+    parse(activation)
+    if not d or not hidden or hidden % EXPERT_SIZE:
+        raise TuningError(
+            f"{d}x{hidden}: expected D features and H hidden neurons, a multiple of {EXPERT_SIZE}."
+        )
+    experts, gated = hidden // EXPERT_SIZE, bool(re.search(r"\bgate\b", activation))
+    return Spec(d, d, experts, EXPERT_SIZE, ROUTER, gated, bf16, activation)
+
+
+def _threads(given: argparse.Namespace) -> None:
+    if given.threads is not None:
+        if given.threads < 1:
+            raise TuningError(f"--threads is {given.threads}; expected at least 1.")
+        torch.set_num_threads(given.threads)
+
+
+def _tune(given: argparse.Namespace) -> int:
+    path = schedules.folder() / schedules.NAME
+    if given.target in ("show", "export", "import"):
+        return _move(given, path)
+    _threads(given)
+    found = tuning.tune(_specs(given), effort=given.effort, budget=given.budget)
+    _print_entries(list(found.values()), given.json)
+    print(f"kept in {path}", file=sys.stderr)
+    return 0
+
+
+def _move(given: argparse.Namespace, path: Path) -> int:
+    """Show the user's schedules, write them to a file, or take over those of a file."""
+    if given.target == "show":
+        _print_entries(list(schedules.read(path).values()), given.json)
+        return 0
+    if given.file is None:
+        raise TuningError(f"`tune {given.target}` needs the name of a file.")
+    source, target = (path, given.file) if given.target == "export" else (given.file, path)
+    if not source.exists():
+        raise TuningError(f"{source} does not exist; expected a file of schedules.")
+    held = schedules.read(source)
+    schedules.add(held.values(), target)
+    print(f"{len(held)} schedules from {source} to {target}", file=sys.stderr)
+    return 0
+
+
+def _print_entries(entries: Sequence[Entry], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([asdict(entry) for entry in entries], indent=1))
+        return
+    for entry in entries:
+        chosen = entry.schedule
+        print(f"{entry.spec}: {entry.spec.activation}; {entry.threads} threads, {entry.device}")
+        print(f"  one token: {'the model' if chosen.decode else 'the packed copy'}'s weights")
+        print(
+            f"  fused up to {chosen.fused_rows} tokens; fetches {chosen.near} and {chosen.far} bytes ahead"
+        )
+        for rows, share in chosen.break_even:
+            kept = "never" if share == 1 else f"above an executed share of {share:.2f}"
+            print(f"  from {rows} tokens on everything runs {kept}")
+        for tokens, times in entry.times.items():
+            listed = ", ".join(f"{name} {us:.1f}" for name, us in times.items())
+            print(f"  {tokens} tokens, us: {listed}")
+
+
+def _bench(given: argparse.Namespace) -> int:
+    _threads(given)
+    if any(n < 1 for n in given.tokens) or not all(0 < share <= 1 for share in given.shares):
+        raise TuningError("--tokens have to be at least 1 and --shares in 0..1.")
+    tables: list[dict[str, Any]] = []
+    for spec in _specs(given):
+        rows = tuning.bench(spec, given.tokens, given.shares, autotuned=given.max_autotune)
+        tables.append({"spec": asdict(spec), "threads": torch.get_num_threads(), "rows": rows})
+        if not given.json:
+            _print_bench(spec, rows)
+    if given.json:
+        print(json.dumps(tables, indent=1))
+    return 0
+
+
+def _print_bench(spec: Spec, rows: Sequence[dict[str, Any]]) -> None:
+    print(f"{spec}: {spec.activation}; {torch.get_num_threads()} threads; * the schedule that runs")
+    print(f"{'tokens':>6} {'share':>6}  {'candidate':<16} {'us':>10} {'x dense':>8}")
+    for n in dict.fromkeys(row["tokens"] for row in rows):
+        here = [row for row in rows if row["tokens"] == n]
+        dense = min(row["us"] for row in here if row["share"] is None)
+        for row in sorted(here, key=lambda row: (row["share"] or 0, row["us"])):
+            at = "" if row["share"] is None else f"{row['share']:.2f}"
+            mark = "*" if row["chosen"] else " "
+            noisy = " noisy" if row["noisy"] else ""
+            print(
+                f"{n:>6} {at:>6} {mark}{row['candidate']:<16} {row['us']:>10.1f} "
+                f"{dense / row['us']:>8.2f}{noisy}"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
