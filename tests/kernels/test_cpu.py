@@ -115,13 +115,15 @@ def run(block: Prepared, x: Tensor) -> Tensor:
 def assert_as_good(result: Tensor, eager: Tensor, exact: Tensor) -> None:
     """The error against fp64 is at most twice eager's, in root mean square; nothing is left NaN.
 
-    Of a few values eager's may be smaller than rounding one exact value costs, which is then the bound.
+    Of a few values eager's may be smaller by luck than what rounding costs: then the bound is one unit
+    in the last place, or half of one, what rounding the exact values alone may cost, for many values.
     """
     assert result.shape == exact.shape and not result.isnan().any()
     if result.numel() == 0:
         return
     error, allowed = testing.rms(result.double() - exact), testing.rms(eager.double() - exact)
-    rounding = torch.finfo(result.dtype).eps / 2 * testing.rms(exact)
+    units = 1 if result.numel() < 32 else 0.5
+    rounding = units * torch.finfo(result.dtype).eps * testing.rms(exact)
     assert error <= max(2 * allowed, rounding) + 1e-30
 
 
