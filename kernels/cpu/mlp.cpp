@@ -79,6 +79,7 @@ void d2d_pack(const void* record, void* to) {
 
 void d2d_pack_int8(const void* record, void* to) {
     const Site& site = *static_cast<const Site*>(record);
+    on_large_pages(to, E * QUANTISED_LANES * 4);
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < E * LINE_UNITS; ++i) {
         pack_unit_int8(site, i / LINE_UNITS, i % LINE_UNITS, static_cast<lane*>(to) + i * LINE_LANES);
