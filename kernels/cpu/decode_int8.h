@@ -103,9 +103,9 @@ INLINE vu shift_of(const lane* quads, int64_t count) {
 
 // A row as floats, zero behind its `count` elements up to `size` (whole vectors).
 INLINE void widen(const element* from, int64_t count, int64_t size, float* to) {
-    int64_t i = 0;
-    for (; i + VL <= count; i += VL) store(to + i, load_elements(from + i));
-    for (; i < size; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
+    const int64_t whole = count / VL * VL;
+    for (int64_t i = 0; i < whole; i += VL) store(to + i, load_elements(from + i));
+    for (int64_t i = whole; i < size; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
 }
 
 // ---- The copy.
