@@ -6,8 +6,8 @@
 // Weights are whole numbers q in -127..127 with one scale a neuron for its row of each matrix, s and s' above;
 // x has one scale a GROUP of features, so that an outlier costs its own group only, and the hidden values one
 // a unit. Scales are the largest absolute value over 127. The copy holds q + 128, since processors multiply
-// unsigned by signed bytes: sums start at -128 times the sum of the other factor instead of 0. Every sum of
-// integers is below 2^31, the order of sums and the copy are the same for every width of vectors.
+// unsigned by signed bytes: sums start at -128 times the sum of the other factor instead of 0. Sums of integers
+// stay below 2^23; they, and the bytes of the copy, are the same for every width of vectors.
 #pragma once
 #include "decode.h"
 
@@ -18,18 +18,18 @@
 
 namespace {
 
-constexpr int LINE = 16;                        // neurons of a unit, and lanes of 4 bytes: a line of the cache
+constexpr int LINE = 16;  // neurons of a unit, and lanes of 4 bytes: a line of the cache
 constexpr int PARTS = LINE / VL, CHAINS = VL / 4;  // vectors of a line, sums side by side: 4 in all
-constexpr int SIDES = GATED ? 2 : 1;            // matrices above the activation
-constexpr int64_t GROUP = 32;                   // quads of features with one scale
-constexpr int64_t QUADS = ceil_div(D, 16) * 4;  // of features of a row, padded to whole chains
+constexpr int SIDES = GATED ? 2 : 1;               // matrices above the activation
+constexpr int64_t GROUP = 32;                      // quads of features with one scale
+constexpr int64_t QUADS = ceil_div(D, 16) * 4;     // of features of a row, padded to whole chains
 constexpr int64_t XG = ceil_div(QUADS, GROUP);
-constexpr int64_t COLUMNS = ceil_div(OUT, LINE);      // lines of output columns
-constexpr int64_t HEAD = (2 * SIDES + 1) * LINE;      // scales and biases of the sides, scales of down
-constexpr int64_t ABOVE = QUADS * SIDES * LINE;       // lanes [quad][side][neuron]
+constexpr int64_t COLUMNS = ceil_div(OUT, LINE);        // lines of output columns
+constexpr int64_t HEAD = (2 * SIDES + 1) * LINE;        // scales and biases of the sides, scales of down
+constexpr int64_t ABOVE = QUADS * SIDES * LINE;         // lanes [quad][side][neuron]
 constexpr int64_t BELOW = COLUMNS * (LINE / 4) * LINE;  // lanes [line of columns][quad of neurons][column]
-constexpr int64_t LINE_LANES = HEAD + ABOVE + BELOW;
-constexpr int64_t LINE_UNITS = ceil_div(S, LINE);
+constexpr int64_t LINE_LANES = HEAD + ABOVE + BELOW;    // of a unit
+constexpr int64_t LINE_UNITS = ceil_div(S, LINE);       // of an expert
 constexpr int64_t QUANTISED_LANES = LINE_UNITS * LINE_LANES;
 constexpr int64_t PADDED_OUT = COLUMNS * LINE;
 
@@ -194,8 +194,8 @@ bool quantise_row(const element* x, Integers& to) {
     return true;
 }
 
-// What is read some lanes after those at `at` of a unit: further on, or in the next one. The distance is short
-// because the processor's own prefetching does most of it: 8 KB are a fifth slower than none, 2 KB 5 % faster (Zen 4).
+// What is read AHEAD lanes after those at `at` of a unit: further on, or in the next one. A short distance, since the
+// processor's own prefetching does most: 8 KB is a fifth slower than none, 2 KB is 5 % faster (a core of Zen 4).
 struct Coming {
     static constexpr int64_t AHEAD = 2048 / 4;
     const lane *unit, *next;
@@ -249,7 +249,9 @@ __attribute__((noinline)) void add_columns(const int8_t* hidden, float scale, Co
         for (int64_t i = c; i < std::min(COLUMNS, c + BURST); ++i) {
             UNROLL for (int p = 0; p < PARTS; ++p) {
                 vu sum = shift;
-                UNROLL for (int q = 0; q < LINE / 4; ++q) sum = quad(sum, load_lanes(w + q * LINE + p * VL), h[q]);
+                UNROLL for (int q = 0; q < LINE / 4; ++q) {
+                    sum = quad(sum, load_lanes(w + q * LINE + p * VL), h[q]);
+                }
                 float* out = y + i * LINE + p * VL;
                 store(out, fma(splat(scale), as_floats(sum), load(out)));
             }
