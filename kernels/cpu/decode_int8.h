@@ -3,11 +3,12 @@
 //     u_n = s_n sum over groups G of x of t_G (sum over i in G of q_ni p_Gi) + b_n      x_i ~ t_G p_Gi
 //     y_c = sum over units U of r_U (sum over n in U of q_nc k_Un)       f(g_n, u_n) s'_n ~ r_U k_Un
 //
-// Weights are whole numbers q in -127..127 with one scale a neuron for its row of each matrix, s and s' above;
-// x has one scale a GROUP of features, so that an outlier costs its own group only, and the hidden values one
-// a unit. Scales are the largest absolute value over 127. The copy holds q + 128, since processors multiply
-// unsigned by signed bytes: sums start at -128 times the sum of the other factor instead of 0. Sums of integers
-// stay below 2^23; they, and the bytes of the copy, are the same for every width of vectors.
+// Weights are whole numbers q in -127..127 with one scale a neuron for its row of each matrix, s and s' above. x
+// has one scale a GROUP of 32 features, so that an outlier costs its own group only (128 are as fast, but 1.5
+// times as far off in MiniLM); hidden values have one a unit. A scale is the largest absolute value over 127.
+// The copy holds q + 128, since processors multiply unsigned by signed bytes: sums start at -128 times the sum
+// of the other factor instead of 0. Sums of integers stay below 2^21; they, and the bytes of the copy, are the
+// same for every width of vectors.
 #pragma once
 #include "decode.h"
 
@@ -21,7 +22,7 @@ namespace {
 constexpr int LINE = 16;  // neurons of a unit, and lanes of 4 bytes: a line of the cache
 constexpr int PARTS = LINE / VL, CHAINS = VL / 4;  // vectors of a line, sums side by side: 4 in all
 constexpr int SIDES = GATED ? 2 : 1;               // matrices above the activation
-constexpr int64_t GROUP = 32;                      // quads of features with one scale
+constexpr int64_t GROUP = 8;                       // quads of features with one scale
 constexpr int64_t QUADS = ceil_div(D, 16) * 4;     // of features of a row, padded to whole chains
 constexpr int64_t XG = ceil_div(QUADS, GROUP);
 constexpr int64_t COLUMNS = ceil_div(OUT, LINE);        // lines of output columns
@@ -194,8 +195,8 @@ bool quantise_row(const element* x, Integers& to) {
     return true;
 }
 
-// What is read AHEAD lanes after those at `at` of a unit: further on, or in the next one. A short distance, since the
-// processor's own prefetching does most: 8 KB is a fifth slower than none, 2 KB is 5 % faster (a core of Zen 4).
+// What is read AHEAD lanes after those at `at` of a unit: further on, or in the next one. A short distance, since
+// the processor's own prefetching does most: 8 KB is a fifth slower than none, 2 KB is 5 % faster (Zen 4).
 struct Coming {
     static constexpr int64_t AHEAD = 2048 / 4;
     const lane *unit, *next;
