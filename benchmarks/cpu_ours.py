@@ -27,12 +27,15 @@ class Stack(nn.Module):
         return x
 
 
-def ours(case: Case, stack: Sequence[Layer], masks: Sequence[Sequence[Tensor]]) -> Call:
+def ours(
+    case: Case, stack: Sequence[Layer], masks: Sequence[Sequence[Tensor]], int8: bool = False
+) -> Call:
     """The stack as a function of x [T, D] whose call n runs the pairs of masks[layer][n % len].
 
-    Router and gate run in every call; the given mask then takes the place of the gate's.
+    Router and gate run in every call; the given mask then takes the place of the gate's. int8: whether
+    T = 1 runs on int8 copies of the experts (routers stay in the weights' dtype).
     """
-    blocks = [_block(case, layer) for layer in stack]
+    blocks = [_block(case, layer, int8) for layer in stack]
     places = [block.record.numpy() for block in blocks]
     turns = [[mask.contiguous() for mask in layer] for layer in masks]
     addresses = [[mask.data_ptr() for mask in layer] for layer in turns]
@@ -53,7 +56,7 @@ def ours(case: Case, stack: Sequence[Layer], masks: Sequence[Sequence[Tensor]]) 
     return run
 
 
-def _block(case: Case, layer: Layer) -> Prepared:
+def _block(case: Case, layer: Layer, int8: bool) -> Prepared:
     block = Prepared(
         router1=layer.w1,
         router2=layer.w2,
@@ -65,12 +68,13 @@ def _block(case: Case, layer: Layer) -> Prepared:
         b_gate=None,
         b_down=None,
         activation=TEXTS[case.activation],
+        int8=int8,
     )
     if not cpu.fill(block):
         raise RuntimeError(f"no kernel for {case}: {cpu.refusal(block)}")
     return block
 
 
-def ours_int8(case: Case, stack: Sequence[Layer], masks: Sequence[Sequence[Tensor]]) -> Call | None:
-    """The stack with int8 weights, T = 1; None where that is not built."""
-    return None
+def ours_int8(case: Case, stack: Sequence[Layer], masks: Sequence[Sequence[Tensor]]) -> Call:
+    """The stack with int8 weights, T = 1."""
+    return ours(case, stack, masks, int8=True)

@@ -46,7 +46,7 @@ class State:
         self.tau = experts.tau
         self.meaning = meaning(experts.site.activation)
         self.applied: float | None = None  # the tau option that a backend has set already
-        self._prepared: dict[bool, tuple[Any, Prepared]] = {}
+        self._prepared: dict[tuple[bool, bool], tuple[Any, Prepared]] = {}
         self.forced: Tensor | None = None  # see force_masks
         self.schedule = Schedule()
         self.seen = self._fingerprint()
@@ -131,19 +131,20 @@ class State:
         cached: tuple[Tensor, ...] = self._cache["operands"]
         return cached
 
-    def prepared(self, packs: bool) -> Prepared:
+    def prepared(self, packs: bool, int8: bool = False) -> Prepared:
         """The site's operands as a kernel takes them, made anew whenever the weights changed.
 
-        packs: whether kernels may keep a copy of the weights in an order of their own.
+        packs: whether kernels may keep a copy of the weights in an order of their own; int8: whether one
+        token runs on an int8 copy.
         """
-        key, held = self._fingerprint(), self._prepared.get(packs)
+        key, held = self._fingerprint(), self._prepared.get((packs, int8))
         if held is None or held[0] != key:
             names = operand_names(self.site)
             values: dict[str, Any] = dict.fromkeys(SLABS)
             values.update(zip(names, self._operands(detach=True), strict=True))
-            block = Prepared(**values, activation=self.site.activation, packs=packs)
+            block = Prepared(**values, activation=self.site.activation, packs=packs, int8=int8)
             cpu.fill(block)
-            self._prepared[packs] = held = key, block
+            self._prepared[packs, int8] = held = key, block
             self.steer()
         return held[1]
 
@@ -186,8 +187,9 @@ class State:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the copies of the weights that kernels keep, 0 where they keep none."""
-        copies = [block.packed for _, block in self._prepared.values()]
-        return sum(packed.nbytes for packed in copies if packed is not None)
+        blocks = [block for _, block in self._prepared.values()]
+        copies = [copy for block in blocks for copy in (block.packed, block.quantised)]
+        return sum(copy.nbytes for copy in copies if copy is not None)
 
     def _operands(self, *, detach: bool) -> tuple[Tensor, ...]:
         weights = {role: self.weight(role) for role in self._weights}

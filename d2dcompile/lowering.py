@@ -18,19 +18,24 @@ log = logging.getLogger(__name__)
 
 
 def lower(
-    matches: Sequence[Match], states: Mapping[str, State], packs: bool, inductor: bool
+    matches: Sequence[Match],
+    states: Mapping[str, State],
+    packs: bool,
+    int8: bool,
+    inductor: bool,
 ) -> frozenset[str]:
     """Names of the sites that become one call of dynamic_mlp, their kernels built in parallel.
 
     matches: converted matches of one graph, with their attached states by site name. packs: whether
-    kernels may keep a copy of the weights. inductor: whether Inductor compiles the graph.
+    kernels may keep a copy of the weights; int8: whether one token runs on an int8 copy. inductor:
+    whether Inductor compiles the graph.
     """
     build.load_all(_sources(matches, states), progress=True)
     blocks: dict[str, Prepared] = {}
     for found in matches:
-        reason = _refusal(found, states[found.site.name])
+        reason = _refusal(found, states[found.site.name], packs, int8)
         if reason is None:
-            blocks[found.site.name] = states[found.site.name].prepared(packs)
+            blocks[found.site.name] = states[found.site.name].prepared(packs, int8)
             states[found.site.name].steer()
         else:
             log.info("site %s runs as separate ops: %s", found.site.name, reason)
@@ -70,7 +75,7 @@ def _sources(matches: Sequence[Match], states: Mapping[str, State]) -> Iterator[
             yield native.source(spec)
 
 
-def _refusal(found: Match, state: State) -> str | None:
+def _refusal(found: Match, state: State, packs: bool, int8: bool) -> str | None:
     """Why a converted site cannot be one call of a kernel, or None if it can."""
     weights = state.weight("down").dtype
     if torch.is_grad_enabled():
@@ -81,4 +86,4 @@ def _refusal(found: Match, state: State) -> str | None:
         return "its activation has learnable scalars"
     if found.dtype not in (None, weights) or dtype_of(found.x) not in (None, weights):
         return "its input is computed in another dtype than its weights"
-    return cpu.refusal(state.prepared(True)) if build.compiler() is None else build.compiler()
+    return build.compiler() or cpu.refusal(state.prepared(packs, int8))

@@ -26,12 +26,16 @@ FIELDS = (  # of struct Site in kernels/cpu/site.h, in order
     *("run", "id", "up", "gate", "down", "up_stride", "gate_stride", "down_stride"),
     *("b_up", "b_gate", "b_down", "router", "packed", "tau", "forced", "forced_rows"),
     *("scalars", "decode", "packs", "fused_rows", "near", "far", "dense_rows"),
+    *("quantised", "quantises"),
 )
-RAN, NO_MEMORY, WANTS_PACKED = range(3)  # enum Status of kernels/cpu/site.h
+RAN, NO_MEMORY, WANTS_PACKED, WANTS_INT8 = range(4)  # enum Status of kernels/cpu/site.h
 DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST = 1 << 16  # weights of a matrix: smaller ones are not worth seconds of compiling
 SKELETONS = Path(__file__).parent / "cpu"
-BODY = ("tile.h", "site.h", "pack.h", "product.h", "route.h", "decode.h", "batch.h", "mlp.cpp")
+BODY = (
+    *("tile.h", "site.h", "pack.h", "product.h", "route.h"),
+    *("decode.h", "decode_int8.h", "batch.h", "mlp.cpp"),
+)
 
 
 @dataclass(frozen=True)

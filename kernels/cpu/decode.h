@@ -145,6 +145,23 @@ void add_unit(const Site& site, const vu* x, int64_t e, int64_t unit, int64_t ne
     }
 }
 
+// Calls visit(e, unit, next_e, next_unit) for this thread's share of the chosen experts' units, `units` each; the
+// next one is read after it.
+template <class F>
+void share_units(const Call& call, Team team, int64_t units, F visit) {
+    int32_t experts[E + 1];
+    int64_t chosen = 0;
+    for (int64_t e = 0; e < E; ++e) {
+        experts[chosen] = int32_t(e);
+        chosen += call.lists.count(e) != 0;
+    }
+    const int64_t to = chosen * units * (team.me + 1) / team.n;
+    for (int64_t i = chosen * units * team.me / team.n; i < to; ++i) {
+        const int64_t next = i + 1 < to ? i + 1 : i;
+        visit(experts[i / units], i % units, experts[next / units], next % units);
+    }
+}
+
 void run_decode(Call& call, Team team) {
     const auto [me, n] = team;
     constexpr int64_t WIDTH = OV * LANE_VECTOR;
@@ -152,17 +169,9 @@ void run_decode(Call& call, Team team) {
     std::fill(y, y + WIDTH, 0.0f);
     vu x[DV];
     for (int64_t v = 0; v < DV; ++v) x[v] = row_vector(call.x, v, D);
-    int32_t experts[E + 1];
-    int64_t chosen = 0;
-    for (int64_t e = 0; e < E; ++e) {
-        experts[chosen] = int32_t(e);
-        chosen += call.lists.count(e) != 0;
-    }
-    const int64_t to = chosen * UNITS * (me + 1) / n;
-    for (int64_t i = chosen * UNITS * me / n; i < to; ++i) {
-        const int64_t next = i + 1 < to ? i + 1 : i;
-        add_unit(call.site, x, experts[i / UNITS], i % UNITS, experts[next / UNITS], next % UNITS, y);
-    }
+    share_units(call, team, UNITS, [&](int64_t e, int64_t unit, int64_t next_e, int64_t next_unit) {
+        add_unit(call.site, x, e, unit, next_e, next_unit, y);
+    });
     call.barrier.wait(n);
     for (int64_t v = OV * me / n; v < OV * (me + 1) / n; ++v) {
         float* sum = call.outputs + v * LANE_VECTOR;

@@ -6,13 +6,14 @@
 // Weights are packed per expert: blocks of neurons for the up side, [bias][step][2][VL] (two vectors of
 // neurons, or the gate and the up rows of one), then panels of output columns, [panel][step][DN][VL].
 // Three schedules, each bit-reproducible for a number of threads (no atomics, fixed order of sums):
-//   decode     one row: neurons of the chosen experts shared out evenly, read where the model keeps them.
+//   decode     one row: neurons of the chosen experts shared out evenly, read where the model keeps them, or
+//              from an int8 copy where that is wanted.
 //   fused      few rows: every thread streams its share of the chosen experts' blocks once, up and down,
 //              into an output of its own; one reduction.
 //   two-phase  many rows: hidden values of all (token, expert) pairs first; then every thread owns columns.
 
 #include "batch.h"
-#include "decode.h"
+#include "decode_int8.h"
 #include "route.h"
 
 namespace {
@@ -20,11 +21,13 @@ namespace {
 // Runs rows whose lists are given, or up to CHUNK of them with those that the router makes.
 Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Lists lists) {
     const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
-    const bool routes = lists.tokens == nullptr, decode = rows == 1 && site.decode;
+    const bool routes = lists.tokens == nullptr, int8 = rows == 1 && site.quantised;
+    const bool decode = rows == 1 && site.decode;
     Call call{site, x, y, rows, rows <= site.fused_rows, {}, lists};
     const int64_t own = GATHERED * KS, unpacked = site.packed ? 0 : UP_LANES + PANEL_LANES;
     const int64_t hidden = std::max<int64_t>(threads * GATHERED * HL, PLAIN ? 0 : rows * KS);
-    const int64_t outputs = std::max(call.fused ? rows * NP * PANEL : rows * PANEL, OV * LANE_VECTOR);
+    const int64_t width = std::max(OV * LANE_VECTOR, PADDED_OUT);
+    const int64_t outputs = std::max(call.fused ? rows * NP * PANEL : rows * PANEL, width);
     const int64_t pairs = call.fused ? 0 : (routes ? rows * E : lists.offsets[E]) * HL;
     const int64_t lanes = threads * (own + unpacked + outputs) + hidden + pairs + rows * (RL + EP);
     const int64_t ints = threads * E + rows * E + E + 1;
@@ -46,7 +49,8 @@ Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Li
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
         if (routes) route(call, team);
-        if (decode) run_decode(call, team);
+        if (int8) run_int8(call, team);
+        else if (decode) run_decode(call, team);
         else if (call.fused) run_fused(call, team);
         else run_two_phase(call, team);
     }
@@ -54,15 +58,18 @@ Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Li
 }
 
 bool wants_packed(const Site& site, int64_t rows) {
-    return site.packs && !site.packed && (rows > 1 || (rows == 1 && !site.decode));
+    return site.packs && !site.packed && (rows > 1 || (rows == 1 && !site.decode && !site.quantised));
 }
 
 }  // namespace
 
 extern "C" {
 
-// 0: lanes of the packed experts; 1: lanes of the packed router.
-int64_t d2d_lanes(int64_t which) { return which ? ROUTER_LANES : E * EXPERT_LANES; }
+// 0: lanes of the packed experts; 1: of the packed router; 2: of the int8 copy.
+int64_t d2d_lanes(int64_t which) {
+    constexpr int64_t lanes[] = {E * EXPERT_LANES, ROUTER_LANES, E * QUANTISED_LANES};
+    return lanes[which];
+}
 
 void d2d_pack(const void* record, void* to) {
     const Site& site = *static_cast<const Site*>(record);
@@ -73,6 +80,15 @@ void d2d_pack(const void* record, void* to) {
 #endif
 #pragma omp parallel for schedule(static)
     for (int64_t e = 0; e < E; ++e) pack_expert(site, e, static_cast<lane*>(to) + e * EXPERT_LANES);
+}
+
+void d2d_pack_int8(const void* record, void* to) {
+    const Site& site = *static_cast<const Site*>(record);
+    on_large_pages(to, E * QUANTISED_LANES * 4);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < E * LINE_UNITS; ++i) {
+        pack_unit_int8(site, i / LINE_UNITS, i % LINE_UNITS, static_cast<lane*>(to) + i * LINE_LANES);
+    }
 }
 
 // router1 [R, D] and router2 [E, R], contiguous.
@@ -95,6 +111,7 @@ void d2d_pack_router(const void* router1, const void* router2, void* to) {
 int64_t d2d_run(const void* record, const void* x, void* y, int64_t elements) {
     const Site& site = *static_cast<const Site*>(record);
     const int64_t rows = elements / D;
+    if (rows == 1 && site.quantises && !site.quantised) return WANTS_INT8;
     if (wants_packed(site, rows)) return WANTS_PACKED;
     for (int64_t r = 0; r < rows; r += CHUNK) {
         const element* from = static_cast<const element*>(x) + r * D;

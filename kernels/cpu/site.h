@@ -53,9 +53,11 @@ struct Site {
     int64_t fused_rows;  // up to how many rows the fused schedule runs
     int64_t near, far;   // bytes to fetch ahead, see later()
     int64_t dense_rows;  // from how many rows on everything runs, 0 for never
+    const lane* quantised;
+    int64_t quantises;  // whether to ask for an int8 copy for one row where there is none
 };
 
-enum Status : int64_t { RAN = 0, NO_MEMORY = 1, WANTS_PACKED = 2 };
+enum Status : int64_t { RAN = 0, NO_MEMORY = 1, WANTS_PACKED = 2, WANTS_INT8 = 3 };
 
 struct Barrier {
     std::atomic<int> arrived{0}, turn{0};
@@ -156,11 +158,7 @@ void write_row(const Call& call, int64_t t, int64_t first, int64_t width, const 
     int64_t c = 0;
     for (; c + VL <= width; c += VL) {
         vf v = load(sum + c);
-        if (bias) {
-            vf b = {};
-            for (int i = 0; i < VL; ++i) b[i] = to_float(bias[c + i]);
-            v += b;
-        }
+        if (bias) v += load_elements(bias + c);
         store_rounded(y + c, v);
     }
     for (; c < width; ++c) y[c] = rounded(sum[c] + (bias ? to_float(bias[c]) : 0.0f));

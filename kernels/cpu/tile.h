@@ -88,6 +88,12 @@ INLINE void store_rounded(element* p, vf v) {
 #endif
 }
 INLINE element rounded(float x) { return to_bf16(x); }
+INLINE vf load_elements(const element* p) {
+    typedef bf16 half __attribute__((vector_size(2 * VL)));
+    half v;
+    std::memcpy(&v, p, sizeof v);
+    return (vf)(__builtin_convertvector(v, vu) << 16);
+}
 #else
 typedef float element;
 constexpr int PER_LANE = 1;
@@ -100,6 +106,7 @@ INLINE vf dot(vf acc, vu a, vu b) { return fma((vf)a, (vf)b, acc); }
 INLINE vf half_of(vu lanes, int) { return (vf)lanes; }
 INLINE void store_rounded(element* p, vf v) { store(p, v); }
 INLINE element rounded(float x) { return x; }
+INLINE vf load_elements(const element* p) { return load(p); }
 #endif
 
 constexpr int64_t lanes_of(int64_t elements) { return (elements + PER_LANE - 1) / PER_LANE; }

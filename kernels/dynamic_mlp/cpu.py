@@ -1,7 +1,8 @@
 """dynamic_mlp on CPUs: the generated kernels of kernels.native behind the op, and behind Inductor.
 
-A block's weights are read where they lie for one token; for more, the first call packs a copy, unless
-`Prepared.packs` says no, in which case each call packs what it needs.
+A block's weights are read where they lie for one token, or from an int8 copy that the first such call makes
+where `Prepared.int8` says so; for more, the first call packs a copy, unless `Prepared.packs` says no, in
+which case each call packs what it needs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def fill(block: Prepared) -> bool:
     block.kept = [router]
     native.write_weights(block.record, block.weights())
     run = ctypes.cast(found.d2d_run, ctypes.c_void_p).value
-    write(block.record, run=run, router=router, tau=block.tau, packs=int(block.packs))
+    write(block.record, run=run, router=router, tau=block.tau)
+    write(block.record, packs=int(block.packs), quantises=int(block.int8))
     return True
 
 
@@ -70,17 +72,29 @@ def force(block: Prepared, masks: Tensor | None) -> None:
 
 def pack(block: Prepared) -> None:
     """Make the block's packed copy and let its kernels use it; without memory they pack as they run."""
+    write(block.record, packs=0)
+    block.packed = _copy(block, 0, "d2d_pack")
+    write(block.record, packed=block.packed)
+
+
+def quantise(block: Prepared) -> None:
+    """Make the block's int8 copy and let one token use it; without memory it reads the model's weights."""
+    write(block.record, quantises=0)
+    block.quantised = _copy(block, 2, "d2d_pack_int8")
+    write(block.record, quantised=block.quantised)
+
+
+def _copy(block: Prepared, kind: int, entry: str) -> Tensor | None:
+    """A copy of the block's weights for kernels, of d2d_lanes(kind) lanes; None if memory is short."""
     found = native.library(spec_of(block))
     assert found is not None
-    write(block.record, packs=0)
     try:
         with torch.inference_mode(False):
-            packed = torch.empty(found.d2d_lanes(0), dtype=torch.int32)
+            copy = torch.empty(found.d2d_lanes(kind), dtype=torch.int32)
     except RuntimeError:  # the allocator's "not enough memory"
-        return
-    found.d2d_pack(address(block.record), address(packed))
-    block.packed = packed
-    write(block.record, packed=packed)
+        return None
+    getattr(found, entry)(address(block.record), address(copy))
+    return copy
 
 
 def run_out(x: Tensor, record: Tensor, width: int, *, out: Tensor) -> Tensor:
@@ -95,15 +109,18 @@ def run_out(x: Tensor, record: Tensor, width: int, *, out: Tensor) -> Tensor:
 
 
 def _attend(x: Tensor, record: Tensor, width: int, out: Tensor) -> None:
-    """What the kernel could not do: pack weights at a first call, or run a block without a kernel."""
-    block = Prepared.of(record)
+    """What the kernel could not do: copy weights at a first call, or run a block without a kernel."""
+    block, rows = Prepared.of(record), x.numel() // x.shape[-1]
     if not read(record, "run"):
         out.copy_(dynamic_mlp.meaning(x, record, width))
-    elif not read(record, "packs"):
-        raise native.no_memory(x.numel() // x.shape[-1]) from None
-    else:
+        return
+    if rows == 1 and read(record, "quantises"):
+        quantise(block)
+    elif read(record, "packs"):
         pack(block)
-        run_out(x, record, width, out=out)
+    else:
+        raise native.no_memory(rows) from None
+    run_out(x, record, width, out=out)
 
 
 def run(x: Tensor, record: Tensor, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blocks import block_of, masks, meaning, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -55,54 +56,6 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def block_of(
-    spec: native.Spec,
-    *,
-    bias: bool = True,
-    spread: bool = False,
-    seed: int = 0,
-    router2: Tensor | None = None,
-) -> Prepared:
-    """Random operands for a spec; `spread`: rows of the slabs lie apart, as in a fused matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype = torch.bfloat16 if spec.bf16 else torch.float32
-    hidden = spec.experts * spec.size
-
-    def random(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
-
-    def slab(width: int) -> Tensor:
-        return random(hidden, 2 * width + 3)[:, 2 : 2 + width] if spread else random(hidden, width)
-
-    block = Prepared(
-        router1=random(spec.router, spec.d),
-        router2=random(spec.experts, spec.router) if router2 is None else router2,
-        tau=tau_bits(0.0),
-        w_up=slab(spec.d),
-        w_gate=slab(spec.d) if spec.gated else None,
-        w_down=slab(spec.out),
-        b_up=random(hidden) if bias else None,
-        b_gate=random(hidden) if bias and spec.gated else None,
-        b_down=random(spec.out) if bias else None,
-        activation=spec.activation,
-    )
-    assert cpu.fill(block)
-    return block
-
-
-def rows_of(spec: native.Spec, rows: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, spec.d, generator=generator)
-    return x.to(torch.bfloat16 if spec.bf16 else torch.float32)
-
-
-def meaning(block: Prepared, x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """expert_mlp in plain PyTorch with every operand in `dtype`."""
-    weights = [None if w is None else w.to(dtype) for w in block.weights().values()]
-    lists = dispatch(mask)
-    return expert_mlp.meaning(x.to(dtype), *lists, *weights, None, [], block.activation)
 
 
 def run(block: Prepared, x: Tensor) -> Tensor:
@@ -163,16 +116,6 @@ def test_equals_the_meaning(name, threads, rows, share, bias, spread, packs, see
         assert (block.packed is not None) == (packs and rows > 1)
     results = (torch.cat(parts) for parts in zip(*found, strict=True))
     assert_as_good(*results, usual=usual_error(block, spec))
-
-
-def masks(rows: int, experts: int, share, seed: int) -> Tensor:
-    if share == "none":
-        return torch.zeros(rows, experts, dtype=torch.bool)
-    if share == "all" or rows == 0:
-        return torch.ones(rows, experts, dtype=torch.bool)
-    if share == "one expert":
-        return (torch.arange(experts) == seed % experts).expand(rows, experts)
-    return testing.routing_masks(rows, experts, share, seed)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])

@@ -12,7 +12,9 @@ import torch
 
 from d2dcompile import testing
 from d2dcompile.kernels import native
+from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.dynamic_mlp import Prepared
+from d2dcompile.kernels.expert_mlp import expert_mlp
 from d2dcompile.kernels.gate import tau_bits
 
 FLAGS = ("-O2", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wall", "-ffp-contract=off")
@@ -37,7 +39,8 @@ def built(compiler: str, spec: native.Spec, folder: Path, *flags: str) -> Path:
 @pytest.mark.parametrize("spec", SPECS, ids=["fp32", "bf16"])
 def test_runs_without_avx512(spec: native.Spec, flags: tuple[str, ...], tmp_path: Path) -> None:
     found = ctypes.CDLL(str(built("g++", spec, tmp_path, *flags)))
-    found.d2d_lanes.restype = found.d2d_run.restype = ctypes.c_int64
+    found.d2d_lanes.restype = ctypes.c_int64
+    found.d2d_run.restype = found.d2d_run_lists.restype = ctypes.c_int64
     dtype, hidden = torch.bfloat16 if spec.bf16 else torch.float32, spec.experts * spec.size
     weights = {"w_up": torch.randn(hidden, spec.d), "w_down": torch.randn(hidden, spec.out)}
     weights["w_gate"] = torch.randn(hidden, spec.d)
@@ -64,14 +67,32 @@ def test_runs_without_avx512(spec: native.Spec, flags: tuple[str, ...], tmp_path
         out = torch.full((rows, spec.out), torch.nan, dtype=dtype)
         operands = map(native.address, (block.record, x, out))
         assert found.d2d_run(*operands, native.count(x.numel())) == native.RAN
-        from d2dcompile.kernels.dispatch import dispatch
-        from d2dcompile.kernels.expert_mlp import expert_mlp
-
         wide = [None if w is None else w.double() for w in block.weights().values()]
         lists = dispatch(mask)
         exact = expert_mlp.meaning(x.double(), *lists, *wide, None, [], spec.activation)
         limit = 1e-2 if spec.bf16 else 2e-6
         assert testing.rms(out.double() - exact) <= limit * testing.rms(exact)
+    assert_same_int8(found, block, spec)
+
+
+def assert_same_int8(found: ctypes.CDLL, block: Prepared, spec: native.Spec) -> None:
+    """The int8 copy has the bytes that this machine's own build makes, and gives the same output."""
+    own = native.library(spec)
+    assert own is not None
+    x, made = torch.randn(1, spec.d).to(block.w_up.dtype), []
+    lists = [native.address(t) for t in dispatch(testing.routing_masks(1, spec.experts, 0.5))]
+    for library in (found, own):
+        copy = torch.empty(own.d2d_lanes(2), dtype=torch.int32)
+        out = torch.full((1, spec.out), torch.nan, dtype=x.dtype)
+        assert library.d2d_lanes(2) == len(copy)
+        library.d2d_pack_int8(native.address(block.record), native.address(copy))
+        native.write(block.record, quantised=copy)
+        operands = map(native.address, (block.record, x, out))
+        assert library.d2d_run_lists(*operands, native.count(1), *lists) == native.RAN
+        made.append((copy, out))
+    assert torch.equal(made[0][0], made[1][0])
+    limit = 1e-2 if spec.bf16 else 1e-3  # a hidden value near a half may be rounded either way
+    assert testing.rms(made[0][1] - made[1][1]) <= limit * testing.rms(made[1][1])
 
 
 @pytest.mark.skipif(
