@@ -1,0 +1,79 @@
+"""Markdown tables from the JSON of benchmarks/models.py, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """One table of the models at a forced share, one of MiniLM at each tau."""
+    lines = [
+        f"{found['machine']['cpu']}, {found['machine']['threads']} threads, "
+        f"torch {found['versions']['torch']}; `{found['command']}`."
+    ]
+    whole = {name: group for name, group in found["groups"].items() if "figures" in group}
+    swept = {name: group for name, group in found["groups"].items() if "taus" in group}
+    if whole:
+        lines += ["", *_models(whole)]
+    for group in swept.values():
+        lines += ["", f"MiniLM, a batch of {group['shape']} tokens:", "", *_taus(group)]
+    missing = [
+        f"- {key}: {name}: {reason.splitlines()[0]}"
+        for key, group in found["groups"].items()
+        for name, reason in group["failed"].items()
+    ]
+    if missing:
+        lines += ["", "Not timed:", "", *missing]
+    return "\n".join(lines)
+
+
+def _models(groups: Mapping[str, Any]) -> Iterator[str]:
+    """Times in ms; attained: of what the blocks' gain predicts, or of the ceiling of bytes."""
+    yield (
+        "| model | executed | eager ms | compile ms | frozen ms | d2dmoe ms | "
+        "vs compile | vs best dense | predicted ms | attained | ceiling | of ceiling |"
+    )
+    yield "|" + "---|" * 12
+    for name, group in groups.items():
+        times = [_ms(group["figures"].get(k)) for k in ("eager", "compile", "frozen", "d2dmoe")]
+        cells = [
+            f"{group['executed']:.1%}",
+            *times,
+            _times(group.get("speedup")),
+            f"{_times(group.get('speedup_best'))} ({group.get('best_dense', '-')})",
+            f"{group['predicted_ms']:.1f}" if "predicted_ms" in group else "-",
+            f"{group['attained']:.2f}" if "attained" in group else "-",
+            _times(group.get("ceiling")),
+            f"{group['of_ceiling']:.2f}" if "of_ceiling" in group else "-",
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _taus(group: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        "| tau | executed | cosine to dense | R@1 | d2dmoe ms | compile ms | eager ms | "
+        "vs compile | vs eager |"
+    )
+    yield "|" + "---|" * 9
+    for row in group["taus"]:
+        figures = row["figures"]
+        cells = [
+            f"{row['tau']:g}",
+            f"{row['executed']:.1%}",
+            f"{row['cosine']:.4f}",
+            f"{row['recall']:.3f}",
+            *(_ms(figures.get(name)) for name in ("d2dmoe", "compile", "eager")),
+            _times(row.get("vs_compile")),
+            _times(row.get("vs_eager")),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _ms(row: Mapping[str, Any] | None) -> str:
+    """A time, ~ where other processes disturbed it."""
+    return "-" if row is None else f"{'~' if row['noisy'] else ''}{row['ms']:.1f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
