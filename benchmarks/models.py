@@ -3,11 +3,11 @@
     python benchmarks/models.py [--quick] [--only PATTERN ...] [--fresh] [--repeats N] [--table]
 
 BERT-base, ViT-B/16 and a decode step of a Llama of random weights (benchmarks/models_cases.py) at an
-executed share of 20 %, masks skewed as real routing is: the model compiled by backend="d2dmoe" against
-torch.compile(model), against Inductor frozen with max-autotune, and eager; beside them what the gain of
-the blocks alone predicts for the model. MiniLM (pretrained, as in examples/quickstart.py) at each of the
-demo's taus, with its quality. Each model is one process with threads pinned, all candidates in turns;
-finished ones are kept in the JSON and not run again. What gives a wrong answer is not timed.
+executed share of 20 %, masks skewed as real routing is: backend="d2dmoe" against torch.compile(model)
+and eager, both compilers also with freezing and max-autotune; beside them what the gain of the blocks
+alone predicts for the model. MiniLM (pretrained, as in examples/quickstart.py) at each of the demo's
+taus, with its quality. Each model is one process with threads pinned, all candidates in turns; finished
+ones are kept in the JSON and not run again. What gives a wrong answer is not timed.
 """
 
 from __future__ import annotations

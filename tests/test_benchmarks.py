@@ -55,6 +55,11 @@ def test_what_blocks_gain_is_attained_when_the_rest_stays() -> None:
     assert found["attained"] == pytest.approx(1)
     assert found["speedup"] == 2.5
     assert (found["best_dense"], found["speedup_best"]) == ("eager", 2.25)
+    ms["d2dmoe frozen"] = 30
+    record = {"layers": 7, "ceiling": 4.0, "figures": {k: {"ms": v} for k, v in ms.items()}}
+    found = models_group.compared(record)
+    assert (found["speedup"], found["speedup_best"]) == (2.5, 3.0)
+    assert (found["of_ceiling"], found["of_ceiling_best"]) == (0.625, 0.75)
 
 
 def test_masked_eager_is_the_block_with_its_forced_experts() -> None:
