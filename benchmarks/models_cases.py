@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 SHARE = 0.2  # of the pairs (token, expert) that run
 SIZE = 64  # neurons an expert
@@ -55,7 +56,7 @@ class Case:
 
 
 class Blocks(nn.Module):
-    """x + block(x), layer after layer: a model's feed-forward blocks and nothing else."""
+    """x + block(norm(x)), layer after layer: a model's feed-forward blocks alone, kept from overflowing."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class Blocks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = x + block(x)
+            x = x + block(functional.rms_norm(x, x.shape[-1:]))
         return x
 
 
