@@ -17,6 +17,7 @@ from groups import Record
 from models_group import Call, compiled, error, figure
 
 import d2dcompile as d2d
+from d2dcompile.attachment import states
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import minilm
@@ -92,15 +93,20 @@ def check(
 ) -> dict[str, str]:
     """Write the error at each tau into its row; {"d2dmoe <tau>": reason} of those that are wrong.
 
-    At tau = 0 against the dense model in fp64, else against the converted model in plain PyTorch.
+    At tau = 0 against the dense model in fp64, else against the converted model in plain PyTorch, there
+    with tau = 0 in the blocks whose kernels skip nothing because nearly all experts are expected to run.
     """
     exact = copy.deepcopy(dense).double()(**batch).last_hidden_state
     allowed = ERROR * error(calls["eager"](), exact)
-    failed = {}
+    tokens, failed = batch["input_ids"].numel(), {}
     for row in rows:
         d2d.set_tau(model, row["tau"])
+        ours = calls["d2dmoe"]()
+        whole = [s.site.name for s in states(model) if 0 < s.dense_rows <= tokens]
+        if whole:
+            d2d.set_tau(model, dict.fromkeys(whole, 0.0))
         truth, bound = (exact, allowed) if row["tau"] == 0 else (reference(), FLIPS)
-        row["error"] = error(calls["d2dmoe"](), truth)
+        row["error"], row["whole_blocks"] = error(ours, truth), len(whole)
         if not row["error"] <= bound:
             failed[f"d2dmoe {row['tau']}"] = f"error {row['error']:.1e}, allowed are {bound:.1e}"
     return failed

@@ -18,6 +18,8 @@ def tables(found: Mapping[str, Any]) -> str:
         lines += ["", *_models(whole)]
     for group in swept.values():
         lines += ["", f"MiniLM, a batch of {group['shape']} tokens:", "", *_taus(group)]
+        if any(map(_hidden, group["taus"])):
+            lines += ["", "* chosen by the gates; kernels run all experts of blocks that skip few."]
     missing = [
         f"- {key}: {name}: {reason.splitlines()[0]}"
         for key, group in found["groups"].items()
@@ -61,7 +63,7 @@ def _taus(group: Mapping[str, Any]) -> Iterator[str]:
         figures = row["figures"]
         cells = [
             f"{row['tau']:g}",
-            f"{row['executed']:.1%}",
+            f"{row['executed']:.1%}{'*' * _hidden(row)}",
             f"{row['cosine']:.4f}",
             f"{row['recall']:.3f}",
             *(_ms(figures.get(name)) for name in ("d2dmoe", "compile", "eager")),
@@ -69,6 +71,11 @@ def _taus(group: Mapping[str, Any]) -> Iterator[str]:
             _times(row.get("vs_eager")),
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _hidden(row: Mapping[str, Any]) -> bool:
+    """Whether kernels ran more experts than the gates chose."""
+    return bool(row["tau"] > 0 and row["whole_blocks"])
 
 
 def _ms(row: Mapping[str, Any] | None) -> str:
