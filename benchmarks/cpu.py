@@ -13,76 +13,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import cpu_report
+import groups
 from cpu_cases import SHARES, Case, cases
+from groups import Record
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out" / "cpu"
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 QUICK_SHARES = (0.1, 0.4)
 GROUP_LIMIT = 3600  # seconds for one group, compiling included
-Record = dict[str, Any]
-
-
-def cores() -> list[int]:
-    """One processor number for each core this process may run on: siblings share the arithmetic."""
-    chosen: dict[str, int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        chosen.setdefault(path.read_text() if path.exists() else str(cpu), cpu)
-    return list(chosen.values())
-
-
-def header() -> Record:
-    """The versions and the machine that figures belong to."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line for line in lines if line.startswith("model name")), "")
-    return {
-        "command": "python benchmarks/cpu.py",
-        "versions": {
-            **{name: version(name) for name in ("torch", "transformers")},
-            "python": platform.python_version(),
-        },
-        "machine": {
-            "cpu": model.partition(": ")[2] or platform.processor(),
-            "threads": len(cores()),
-        },
-    }
+COMMAND = "python benchmarks/cpu.py"
 
 
 def run_group(case: Case, given: argparse.Namespace) -> Record:
     """Time one group in a process of its own; {"broken": reason} if it died."""
-    path = OUT / f"{case}.json"
-    path.unlink(missing_ok=True)
-    numbers = cores()
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(len(numbers)),
-        "GOMP_CPU_AFFINITY": " ".join(map(str, numbers)),
-        "OMP_PROC_BIND": "true",
-    }
-    command = [sys.executable, __file__, "--group", str(case), "--repeats", str(given.repeats)]
+    command = [__file__, "--group", str(case), "--repeats", str(given.repeats)]
     command += ["--quick"] * given.quick + ["--without", *given.without]
-    with open(path.with_suffix(".log"), "w") as log:
-        try:
-            code = subprocess.run(
-                command, env=env, stdout=log, stderr=log, timeout=GROUP_LIMIT
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = f"took longer than {GROUP_LIMIT} s"
-    if not path.exists():
-        tail = path.with_suffix(".log").read_text().splitlines()[-1:]
-        return {"broken": f"exit {code}: {' '.join(tail)}"}
-    return json.loads(path.read_text())
+    return groups.run_group(command, OUT / f"{case}.json", GROUP_LIMIT)
 
 
 def work(given: argparse.Namespace) -> None:
@@ -91,21 +42,8 @@ def work(given: argparse.Namespace) -> None:
 
     case = next(case for case in cases(given.quick) if str(case) == given.group)
     shares = QUICK_SHARES if given.quick else SHARES
-    threads = int(os.environ["OMP_NUM_THREADS"])  # libgomp has bound this thread to one core by now
-    found = measure(case, shares, given.repeats, given.without, threads)
+    found = measure(case, shares, given.repeats, given.without, groups.threads())
     (OUT / f"{case}.json").write_text(json.dumps(found))
-
-
-def load(path: Path, fresh: bool) -> Record:
-    """What is already measured; exits if that was another machine or other versions."""
-    now = header()
-    if fresh or not path.exists():
-        return {**now, "groups": {}, "broken": {}}
-    found: Record = json.loads(path.read_text())
-    for key in ("versions", "machine"):
-        if found[key] != now[key]:
-            sys.exit(f"{path} was measured with {found[key]}, this is {now[key]}: use --fresh")
-    return found
 
 
 def arguments() -> argparse.Namespace:
@@ -139,7 +77,7 @@ def main() -> None:
     if given.table:
         print(cpu_report.tables(json.loads(result.read_text())))
         return
-    found = load(result, given.fresh)
+    found = groups.load(result, COMMAND, given.fresh)
     for case in cases(given.quick):
         name = str(case)
         if given.only and not any(f"{part}-" in f"{name}-" for part in given.only):

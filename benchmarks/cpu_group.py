@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +13,7 @@ import cpu_rivals
 import torch
 from cpu_cases import Case
 from cpu_ceilings import ceilings
+from groups import time_limit
 from torch import Tensor
 
 from d2dcompile import timing
@@ -31,10 +30,6 @@ INT8_ERROR = (
 )
 
 Truth = list[tuple[Tensor, float]]  # of the first masks in turn: exact output, error of eager
-
-
-class TimeLimit(Exception):
-    """A first call took longer than COMPILE_LIMIT."""
 
 
 class Group:
@@ -78,7 +73,7 @@ class Group:
         operations a layer. depth: number of layers, where it is not the stack's.
         """
         try:
-            with _time_limit(COMPILE_LIMIT):
+            with time_limit(COMPILE_LIMIT):
                 call = build()
                 if call is None:
                     return
@@ -233,19 +228,3 @@ def _shares_of_limits(row: Mapping[str, Any], record: Mapping[str, Any]) -> dict
     bandwidth = row["gb_s"] / record["bandwidth_gb_s"]
     peak = row["gflop_s"] / record["peak_gflop_s"]
     return {"of_bandwidth": bandwidth, "of_peak": peak, "roofline": max(bandwidth, peak)}
-
-
-@contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeLimit in the block when it takes longer; C++ code is interrupted when it returns."""
-
-    def stop(*_: object) -> None:
-        raise TimeLimit(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

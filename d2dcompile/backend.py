@@ -318,6 +318,7 @@ class Dispatching:
     Dynamo does not guard on which parameters a graph is called with: the same graph serves other
     layers and other instances of a model. So each call looks every site's weights up; where a site
     has no conversion, the call is an error, or with strict=False runs the captured graph dense.
+    Inductor's freezing makes weights attributes of the graph, on whose identity Dynamo does guard.
     """
 
     def __init__(
@@ -329,6 +330,7 @@ class Dispatching:
         at_once: Container[str],
     ) -> None:
         self._dense = captured.gm.forward
+        self._attributes = tuple(captured.tensors[node] for node in captured.attributes())
         self._compiled = compiled
         self._options = options
         self._sites = [tuple(parameter_places(captured, m).items()) for m in matches]
@@ -338,15 +340,16 @@ class Dispatching:
         self._warned = False
 
     def __call__(self, *args: Any) -> Any:
-        if self._last is not None and self._last.holds(args):
+        weights = args + self._attributes
+        if self._last is not None and self._last.holds(weights):
             return self._compiled(*args, *self._last.operands)
-        running = self._look_up(args)
+        running = self._look_up(weights)
         if running is None:
             return self._run_dense(args)
         extra = [operand for site in running for operand in site.operands()]
         if not torch.is_grad_enabled():
             places = [dict(roles) for roles in self._sites]
-            self._last = Looked.of(running, places, args, extra)
+            self._last = Looked.of(running, places, weights, extra)
         return self._compiled(*args, *extra)
 
     def _look_up(self, args: Sequence[Any]) -> list[Running] | None:
@@ -364,7 +367,8 @@ class Dispatching:
 
     def names(self, args: Sequence[Any]) -> list[str]:
         """The names of the sites that a call with these arguments runs."""
-        found = (lookup(args[dict(roles)["down"]]) for roles in self._sites)
+        weights = (*args, *self._attributes)
+        found = (lookup(weights[dict(roles)["down"]]) for roles in self._sites)
         return [state.site.name for state in found if state is not None]
 
     def _run_dense(self, args: Sequence[Any]) -> Any:

@@ -46,6 +46,14 @@ class Captured:
         """The graph's inputs in order."""
         return _placeholders(self.gm)
 
+    def attributes(self) -> list[Node]:
+        """The parameters that are attributes, as Dynamo makes them for Inductor's freezing, in order."""
+        return [
+            node
+            for node, value in self.tensors.items()
+            if node.op == "get_attr" and isinstance(value, nn.Parameter)
+        ]
+
     def copy(self) -> tuple[GraphModule, dict[Node, Node]]:
         """A graph module that may be edited, and where each node went; Dynamo's metadata kept.
 

@@ -117,8 +117,11 @@ def add_placeholder(graph: Graph, name: str) -> Node:
 
 
 def parameter_places(captured: Captured, found: Match) -> dict[str, int]:
-    """Which input of the outermost graph each of a match's parameters is, by role."""
-    index = {node: i for i, node in enumerate(captured.placeholders())}
+    """Which input of the outermost graph each of a match's parameters is, by role.
+
+    Parameters that are attributes of the graph are counted after its inputs.
+    """
+    index = {node: i for i, node in enumerate(captured.placeholders() + captured.attributes())}
     nodes = found.roles()
     for body in reversed(_path(captured, found)):
         nodes = {role: body.outer[node] for role, node in nodes.items()}

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 
 import d2dcompile as d2d
@@ -486,3 +487,22 @@ def test_the_output_of_experts_may_be_changed_in_place_while_training() -> None:
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     for f, e in zip(found, expected, strict=True):
         assert torch.allclose(f, e, rtol=0, atol=1e-10)
+
+
+def test_freezing_keeps_the_experts_and_their_checks(experts: Counter) -> None:
+    """Inductor's freezing makes weights attributes of the graph: each model's own, and edits are refused."""
+    models = [nn.Sequential(testing.Stack(seed=seed), nn.Linear(16, 24)).eval() for seed in (0, 1)]
+    x = torch.randn(32, 16)
+    with torch.no_grad(), inductor.patch(freezing=True):
+        for model in models:
+            d2d.convert(model, [torch.randn(64, 16)], QUICK, progress=False)
+            experts.calls = 0
+            fast = compiled(model, inner="inductor")
+            torch.testing.assert_close(fast(x), model(x))
+            assert experts.calls == 2
+            d2d.set_tau(model, 1.0)
+            assert not torch.allclose(fast(x), model(x))
+        torch.testing.assert_close(compiled(models[1], inner="eager")(x), fast(x))
+        models[1][0].blocks[0].up.weight.mul_(1.5)
+        with pytest.raises(WeightsChangedError):
+            fast(x)
