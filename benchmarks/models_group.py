@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import models_cases as cases
-import timing
 import torch
 from cpu_ceilings import ceilings
 from cpu_rivals import AUTOTUNED
@@ -21,6 +20,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 import d2dcompile as d2d
+from d2dcompile import timing
 from d2dcompile.attachment import lookup, states
 from d2dcompile.testing import forced_share
 

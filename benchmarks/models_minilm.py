@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import timing
 import torch
 from groups import Record
 from models_group import Call, compiled, error, figure
 
 import d2dcompile as d2d
+from d2dcompile import timing
 from d2dcompile.attachment import states
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
