@@ -148,10 +148,14 @@ def table() -> Tensor:
 
 
 def write(record: Tensor, **fields: Tensor | int | None) -> None:
-    """Set fields of a record: integers, and addresses of tensors, which must be kept alive."""
+    """Set fields of a record: integers, and addresses of tensors, which must be kept alive.
+
+    In its memory, not by an op: blocks die when garbage is collected, under a FakeTensorMode too.
+    """
+    places = (ctypes.c_int64 * len(FIELDS)).from_address(record.data_ptr())
     for name, value in fields.items():
         number = value.data_ptr() if isinstance(value, Tensor) else value or 0
-        record[FIELDS.index(name)] = number
+        places[FIELDS.index(name)] = number
 
 
 def read(record: Tensor, name: str) -> int:

@@ -8,6 +8,7 @@ hypothesis draws rows, masks and layouts for it.
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from blocks import block_of, masks, meaning, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2dcompile import testing
 from d2dcompile.kernels import build, native
@@ -211,6 +213,17 @@ def test_a_record_outlives_its_block_without_harm() -> None:
 
     with pytest.raises(KernelError, match="detached or converted again"):
         cpu.run_out(x, record, 64, out=torch.empty(2, 64))
+
+
+def test_a_block_that_dies_while_a_graph_is_traced_gives_up_its_record() -> None:
+    """Garbage is collected anywhere, also where a FakeTensorMode takes every op."""
+    block = block_of(SPECS["fp32_tiny"])
+    record = block.record
+    assert cpu.fill(block) and native.read(record, "run") != 0
+    with FakeTensorMode():
+        del block
+        gc.collect()
+    assert native.read(record, "run") == 0
 
 
 def test_blocks_that_cannot_be_kernels_say_why() -> None:
