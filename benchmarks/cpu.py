@@ -87,15 +87,10 @@ def main() -> None:
         if done and not (given.noisy and noisy):
             continue
         record = run_group(case, given)
-        found["broken"].pop(name, None)
-        if "broken" in record:
-            found["broken"][name] = record["broken"]
-            print(f"{name}: {record['broken']}", flush=True)
-        else:
-            found["groups"][name] = record
-            speed = {share: round(cell["speedup"], 2) for share, cell in record["cells"].items()}
-            print(f"{name}: {record['seconds']:.0f} s, speed-up {speed}", flush=True)
-        result.write_text(json.dumps(found, indent=1) + "\n")
+        cells = record.get("cells", {}).items()
+        speed = {share: round(cell["speedup"], 2) for share, cell in cells}
+        summary = f"{record.get('seconds', 0):.0f} s, speed-up {speed}"
+        groups.keep(found, name, record, result, summary)
     print(cpu_report.tables(found))
     if found["broken"]:
         sys.exit("some groups failed; run the command again to try them once more")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import groups
+
 
 def tables(found: Mapping[str, Any]) -> str:
     """One table a dtype: a row for each shape and number of tokens, a column for each share."""
@@ -17,25 +19,18 @@ def tables(found: Mapping[str, Any]) -> str:
         "Behind f .1: times faster than oneDNN and than eager.",
     ]
     for dtype in ("bf16", "fp32", "int8"):
-        groups = {key: group for key, group in found["groups"].items() if f"-{dtype}-" in key}
-        if groups:
-            lines += ["", f"### {dtype}", "", *_table(groups)]
-    missing = [
-        f"- {key}: {name}: {reason.splitlines()[0]}"
-        for key, group in found["groups"].items()
-        for name, reason in group["failed"].items()
-    ]
-    if missing:
-        lines += ["", "Not timed:", "", *missing]
-    return "\n".join(lines)
+        rows = {key: group for key, group in found["groups"].items() if f"-{dtype}-" in key}
+        if rows:
+            lines += ["", f"### {dtype}", "", *_table(rows)]
+    return "\n".join([*lines, *groups.not_timed(found)])
 
 
-def _table(groups: Mapping[str, Any]) -> Iterator[str]:
-    shares = sorted({share for group in groups.values() for share in group["cells"]}, key=float)
+def _table(rows: Mapping[str, Any]) -> Iterator[str]:
+    shares = sorted({share for group in rows.values() for share in group["cells"]}, key=float)
     heads = ["FFN", "T", "best dense", "us", "of roofline", *(f"f {share}" for share in shares)]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
-    for key, group in groups.items():
+    for key, group in rows.items():
         shape, activation, _, tokens = key.split("-")
         best = _best_dense(group)
         if best is None:

@@ -164,7 +164,7 @@ class _Experts(nn.Module):
         setattr(self, "up_proj" if layer.gate is None else "gate_up_proj", first)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        raise NotImplementedError("the interface replaces it")
+        raise AssertionError("transformers' decorator replaces this method")
 
 
 def transformers_experts(case: Case, stack: Sequence[Layer], masks: Masks) -> Call:

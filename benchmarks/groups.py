@@ -98,6 +98,27 @@ def run_group(command: Sequence[str], path: Path, limit: int) -> Record:
     return record
 
 
+def keep(found: Record, name: str, record: Record, path: Path, summary: str) -> None:
+    """Enter a group's record into the results, print what became of it, and write the file."""
+    found["broken"].pop(name, None)
+    if "broken" in record:
+        found["broken"][name] = summary = record["broken"]
+    else:
+        found["groups"][name] = record
+    print(f"{name}: {summary}", flush=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def not_timed(found: Record) -> list[str]:
+    """Lines of a report on candidates that failed, with the reasons; none if all were timed."""
+    missing = [
+        f"- {key}: {name}: {reason.splitlines()[0]}"
+        for key, group in found["groups"].items()
+        for name, reason in group["failed"].items()
+    ]
+    return ["", "Not timed:", "", *missing] if missing else []
+
+
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
     """Raise TimeLimit in the block when it takes longer; C++ code is interrupted when it returns."""

@@ -76,14 +76,7 @@ def main() -> None:
         record = groups.run_group(
             command + ["--quick"] * given.quick, OUT / f"{name}.json", GROUP_LIMIT
         )
-        found["broken"].pop(name, None)
-        if "broken" in record:
-            found["broken"][name] = record["broken"]
-            print(f"{name}: {record['broken']}", flush=True)
-        else:
-            found["groups"][name] = record
-            print(f"{name}: {record['seconds']:.0f} s", flush=True)
-        result.write_text(json.dumps(found, indent=1) + "\n")
+        groups.keep(found, name, record, result, f"{record.get('seconds', 0):.0f} s")
     print(models_report.tables(found))
     if found["broken"]:
         sys.exit("some models failed; run the command again to try them once more")

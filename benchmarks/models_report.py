@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import groups
+
 
 def tables(found: Mapping[str, Any]) -> str:
     """One table of the models at a forced share, one of MiniLM at each tau."""
@@ -20,17 +22,10 @@ def tables(found: Mapping[str, Any]) -> str:
         lines += ["", f"MiniLM, a batch of {group['shape']} tokens:", "", *_taus(group)]
         if any(map(_hidden, group["taus"])):
             lines += ["", "* chosen by the gates; kernels run all experts of blocks that skip few."]
-    missing = [
-        f"- {key}: {name}: {reason.splitlines()[0]}"
-        for key, group in found["groups"].items()
-        for name, reason in group["failed"].items()
-    ]
-    if missing:
-        lines += ["", "Not timed:", "", *missing]
-    return "\n".join(lines)
+    return "\n".join([*lines, *groups.not_timed(found)])
 
 
-def _models(groups: Mapping[str, Any]) -> Iterator[str]:
+def _models(models: Mapping[str, Any]) -> Iterator[str]:
     """Times in ms; attained: of what the blocks' gain predicts; of ceiling: with the best forms after /."""
     names = ("eager", "compile", "frozen", "d2dmoe", "d2dmoe frozen")
     yield (
@@ -38,7 +33,7 @@ def _models(groups: Mapping[str, Any]) -> Iterator[str]:
         "best vs best dense | predicted ms | attained | ceiling | of ceiling |"
     )
     yield "|" + "---|" * 13
-    for name, group in groups.items():
+    for name, group in models.items():
         of_ceiling = [f"{group[k]:.2f}" for k in ("of_ceiling", "of_ceiling_best") if k in group]
         cells = [
             f"{group['executed']:.1%}",

@@ -26,7 +26,7 @@ from .kernels import native
 from .kernels.dynamic_mlp import Prepared, cpu
 from .kernels.gate import tau_bits
 from .layout import digest, permuted, slabs
-from .passes.insert_moe import SLABS, operand_names
+from .passes.insert_moe import operand_names
 
 
 def meaning(activation: str) -> str:
@@ -140,7 +140,7 @@ class State:
         key, held = self._fingerprint(), self._prepared.get((packs, int8))
         if held is None or held[0] != key:
             names = operand_names(self.site)
-            values: dict[str, Any] = dict.fromkeys(SLABS)
+            values: dict[str, Any] = dict.fromkeys(native.SLABS)
             values.update(zip(names, self._operands(detach=True), strict=True))
             block = Prepared(**values, activation=self.site.activation, packs=packs, int8=int8)
             cpu.fill(block)

@@ -49,7 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument(
         "--dtype", choices=DTYPES, help="the dtype to run in; of a conversion both by default"
     )
-    both.add_argument("--device", default="auto", choices=("auto", "cpu"), help="where kernels run")
     both.add_argument("--threads", type=int, help="of the kernels; by default torch's")
     both.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from .attachment import State
 from .kernels import build, native
-from .kernels.dynamic_mlp import Prepared, cpu
+from .kernels.dynamic_mlp import cpu
 from .passes import Match
-from .passes.insert_moe import SLABS, operand_names
+from .passes.insert_moe import operand_names
 from .passes.names import dtype_of
 
 log = logging.getLogger(__name__)
@@ -30,15 +30,18 @@ def lower(
     kernels may keep a copy of the weights; int8: whether one token runs on an int8 copy. inductor:
     whether Inductor compiles the graph.
     """
-    build.load_all(_sources(matches, states), progress=True)
-    blocks: dict[str, Prepared] = {}
+    chosen: dict[str, State] = {}
     for found in matches:
-        reason = _refusal(found, states[found.site.name], packs, int8)
+        state = states[found.site.name]
+        reason = _unsuited(found, state) or _no_kernel(state)
         if reason is None:
-            blocks[found.site.name] = states[found.site.name].prepared(packs, int8)
-            states[found.site.name].steer()
+            chosen[found.site.name] = state
         else:
             log.info("site %s runs as separate ops: %s", found.site.name, reason)
+    build.load_all((native.source(_spec(state)) for state in chosen.values()), progress=True)
+    blocks = {name: state.prepared(packs, int8) for name, state in chosen.items()}
+    for state in chosen.values():
+        state.steer()
     ready = frozenset(name for name, block in blocks.items() if int(block.record[0]))
     if ready and inductor:
         cpu.lower()
@@ -47,13 +50,10 @@ def lower(
 
 def running(state: State) -> str:
     """How an attached site runs on this CPU and why, for a report: kernel or ops, dense or not, copies."""
-    dtype = state.weight("down").dtype
-    operands = dict(zip(operand_names(state.site), state.operands(), strict=True))
-    spec = native.spec_of(state.experts, dtype)
-    reason = native.refusal(spec, {name: operands.get(name) for name in SLABS})
+    reason = _no_kernel(state)
     if reason is not None:
         return f"separate ops, since {reason}"
-    text = [f"one kernel, {spec}"]
+    text = [f"one kernel, {_spec(state)}"]
     share, rows = state.expected_share(), state.dense_rows
     if rows:
         limit = max(limit for n, limit in state.schedule.break_even if n >= rows)
@@ -66,17 +66,18 @@ def running(state: State) -> str:
     return "; ".join(text)
 
 
-def _sources(matches: Sequence[Match], states: Mapping[str, State]) -> Iterator[str]:
-    """The kernels' texts that these sites need, so that several are compiled at once."""
-    for found in matches:
-        state = states[found.site.name]
-        spec = native.spec_of(state.experts, state.weight("down").dtype)
-        if native.unfit(spec) is None and not torch.is_grad_enabled():
-            yield native.source(spec)
+def _spec(state: State) -> native.Spec:
+    return native.spec_of(state.experts, state.weight("down").dtype)
 
 
-def _refusal(found: Match, state: State, packs: bool, int8: bool) -> str | None:
-    """Why a converted site cannot be one call of a kernel, or None if it can."""
+def _no_kernel(state: State) -> str | None:
+    """Why there is no kernel for a site's weights here, or None if there is."""
+    operands = dict(zip(operand_names(state.site), state.operands(), strict=True))
+    return native.refusal(_spec(state), {name: operands.get(name) for name in native.SLABS})
+
+
+def _unsuited(found: Match, state: State) -> str | None:
+    """Why a converted site cannot be one call in this graph, or None if it can."""
     weights = state.weight("down").dtype
     if torch.is_grad_enabled():
         return "gradients are recorded"
@@ -86,4 +87,4 @@ def _refusal(found: Match, state: State, packs: bool, int8: bool) -> str | None:
         return "its activation has learnable scalars"
     if found.dtype not in (None, weights) or dtype_of(found.x) not in (None, weights):
         return "its input is computed in another dtype than its weights"
-    return build.compiler() or cpu.refusal(state.prepared(packs, int8))
+    return None

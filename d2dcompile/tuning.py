@@ -150,25 +150,26 @@ class Run:
 
     def _choose_fused(self, rows: Sequence[int]) -> None:
         """Choose the number of tokens from which hidden values are computed first, all at once."""
-        gains: dict[int, float] = {}
+        fused: dict[int, bool] = {}
         for n in rows:
             pair = {
                 "fused": (Candidate(replace(self.schedule, fused_rows=n)), SHARE),
                 "two-phase": (Candidate(replace(self.schedule, fused_rows=0)), SHARE),
             }
-            if self.compare(n, pair):
-                gains[n] = self.beats("two-phase", "fused", [n])
-        if not gains:
-            return
-        wins = [n for n in gains if gains[n] > 1]
-        losses = [n for n in gains if gains[n] <= 1]
-        if not wins:
-            limit = ALWAYS_FUSED
-        elif not losses or min(wins) > max(losses):
-            limit = round((max(losses, default=min(wins)) * min(wins)) ** 0.5)
-        else:  # they alternate: equal within the noise
-            return
-        self.schedule = replace(self.schedule, fused_rows=limit)
+            if not self.compare(n, pair):
+                continue
+            gain = self.beats("two-phase", "fused", [n])
+            default = n <= self.schedule.fused_rows
+            fused[n] = default if 1 / (1 + NOISE) <= gain <= 1 + NOISE else gain < 1
+        limits = [n for n in fused if not fused[n]]
+        last = max((n for n in fused if fused[n]), default=0)
+        if all(flag == (n <= self.schedule.fused_rows) for n, flag in fused.items()):
+            return  # nothing speaks against the default
+        if not limits:
+            self.schedule = replace(self.schedule, fused_rows=ALWAYS_FUSED)
+        elif last < min(limits):  # otherwise they alternate, which no one limit describes
+            limit = round(((last or 1) * min(limits)) ** 0.5)
+            self.schedule = replace(self.schedule, fused_rows=limit)
 
     def _choose_break_even(self, rows: Sequence[int]) -> None:
         """Choose for each number of tokens the executed share above which everything runs."""

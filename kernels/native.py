@@ -29,6 +29,7 @@ FIELDS = (  # of struct Site in kernels/cpu/site.h, in order
     *("quantised", "quantises"),
 )
 RAN, NO_MEMORY, WANTS_PACKED, WANTS_INT8 = range(4)  # enum Status of kernels/cpu/site.h
+SLABS = ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")  # slabs and biases
 DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST = 1 << 16  # weights of a matrix: smaller ones are not worth seconds of compiling
 SKELETONS = Path(__file__).parent / "cpu"

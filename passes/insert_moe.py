@@ -25,13 +25,13 @@ from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
+from ..kernels.native import SLABS
 from .base import Match
 from .halves import SPLITS
 from .linear import Linear
 from .names import CASTS, SHAPE_ONLY, VIEWS, argument, dtype_of, op_name
 
 _SHAPE_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "Size")
-SLABS = ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")
 
 
 @dataclass(frozen=True)

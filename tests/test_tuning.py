@@ -131,7 +131,7 @@ def test_tuning_finds_the_optimum_of_a_time_model(monkeypatch: pytest.MonkeyPatc
     shares = {f"share {share:g}": share for share in tuning.SHARES}
     model_time(monkeypatch, lambda name: (times | shares).get(name, 1.0))
     found = d2d.tune([SPEC], progress=False)[SPEC].schedule
-    assert (found.decode, found.near, found.far, found.fused_rows) == (False, 32768, 8192, 64)
+    assert (found.decode, found.near, found.far, found.fused_rows) == (False, 32768, 8192, 8)
     assert [rows for rows, _ in found.break_even] == [1, 4, 64]
     assert [share for _, share in found.break_even] == pytest.approx([0.7] * 3)
     assert schedules.lookup(SPEC) == found
@@ -141,7 +141,7 @@ def test_gains_within_the_noise_keep_the_default(monkeypatch: pytest.MonkeyPatch
     times = {"packed": 0.99, "near 2048": 0.985, "far 262144": 0.99, "everything": 2.0}
     model_time(monkeypatch, lambda name: times.get(name, 1.0))
     found = d2d.tune([SPEC], progress=False)[SPEC].schedule
-    assert replace(found, fused_rows=128, break_even=Schedule().break_even) == Schedule()
+    assert replace(found, break_even=Schedule().break_even) == Schedule()
     assert all(share == 1 for _, share in found.break_even)
 
 
@@ -210,11 +210,30 @@ def test_a_model_runs_the_measured_schedule_and_the_report_says_so() -> None:
     assert copies >= 4 * 2 * 64 * 256 and f"copies of {copies / 1e6:.1f} MB" in text
     d2d.set_tau(model, 1.0)
     assert "dense from" not in str(d2d.explain(model, x))
-    schedules.add([entry(spec, Schedule(break_even=((2, 0.0),)))])
-    d2d.set_tau(model, 1.0)
-    assert (
-        d2d.attachment.states(model)[0].dense_rows == 0
-    )  # the arg-max alone is less than any share
+    schedules.add([entry(spec, Schedule(break_even=((2, 0.5),)))])
+    d2d.set_tau(model, 0.0)  # takes up what was measured meanwhile
+    assert d2d.attachment.states(model)[0].dense_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("two_phase", "limit"),
+    [
+        ({16: 0.5, 64: 0.5, 256: 0.5}, 4),
+        ({16: 2.0, 64: 0.5, 256: 0.5}, 32),
+        ({16: 2.0, 64: 2.0, 256: 2.0}, tuning.ALWAYS_FUSED),
+        ({16: 2.0, 64: 1.01, 256: 0.99}, 128),
+        ({16: 0.5, 64: 2.0, 256: 0.5}, 128),
+    ],
+)
+def test_the_limit_of_the_fused_schedule_follows_what_is_beyond_the_noise(
+    monkeypatch: pytest.MonkeyPatch, two_phase, limit
+) -> None:
+    run = tuning.Run(Trial(SPEC), 1, float("inf"))
+    for rows, seconds in two_phase.items():
+        run.times[rows] = {"fused": 1.0, "two-phase": seconds}
+    monkeypatch.setattr(tuning.Run, "compare", lambda *_: True)
+    run._choose_fused(list(two_phase))
+    assert run.schedule.fused_rows == limit
 
 
 def test_the_report_says_why_a_site_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

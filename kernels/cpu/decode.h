@@ -67,7 +67,7 @@ __attribute__((noinline)) void add_rows(const float* h, RowGroup w, RowGroup lat
         UNROLL for (int i = 0; i < ROWS; ++i) {
             const vu lanes = row_vector(w.row + i * w.stride, v, OUT);
             UNROLL for (int half = 0; half < PER_LANE; ++half) {
-                sums[half] = fma(scale[i], half_of(lanes, half), sums[half]);
+                sums[half] = muladd(scale[i], half_of(lanes, half), sums[half]);
             }
         }
         later.fetch(v);

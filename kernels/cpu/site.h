@@ -4,7 +4,9 @@
 
 #include <omp.h>
 #include <sched.h>
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>

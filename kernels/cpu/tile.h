@@ -17,18 +17,6 @@ typedef uint16_t bf16;
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-INLINE vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_NEON)
-    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
-
 INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 INLINE vu load_lanes(const lane* p) { vu v; std::memcpy(&v, p, sizeof v); return v; }
@@ -64,8 +52,8 @@ INLINE vf mac(vf acc, const lane* a, vu b) {
     lane pair;
     std::memcpy(&pair, a, sizeof pair);
     const vf low = (vf)(b << 16), high = (vf)(b & 0xffff0000u);
-    acc = fma(splat(to_float(bf16(pair & 0xffff))), low, acc);
-    return fma(splat(to_float(bf16(pair >> 16))), high, acc);
+    acc = muladd(splat(to_float(bf16(pair & 0xffff))), low, acc);
+    return muladd(splat(to_float(bf16(pair >> 16))), high, acc);
 }
 #endif
 // acc[l] + the products of the halves of lane l of a and b.
@@ -73,8 +61,8 @@ INLINE vf dot(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
-    acc = fma((vf)(a << 16), (vf)(b << 16), acc);
-    return fma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
+    acc = muladd((vf)(a << 16), (vf)(b << 16), acc);
+    return muladd((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
 #endif
 }
 // Half `half` of each lane as fp32: elements 2 l + half.
@@ -100,9 +88,9 @@ constexpr int PER_LANE = 1;
 INLINE vf mac(vf acc, const lane* a, vu b) {
     float x;
     std::memcpy(&x, a, sizeof x);
-    return fma(splat(x), (vf)b, acc);
+    return muladd(splat(x), (vf)b, acc);
 }
-INLINE vf dot(vf acc, vu a, vu b) { return fma((vf)a, (vf)b, acc); }
+INLINE vf dot(vf acc, vu a, vu b) { return muladd((vf)a, (vf)b, acc); }
 INLINE vf half_of(vu lanes, int) { return (vf)lanes; }
 INLINE void store_rounded(element* p, vf v) { store(p, v); }
 INLINE element rounded(float x) { return x; }

@@ -71,8 +71,7 @@ class Prepared:
 
     def weights(self) -> dict[str, Tensor | None]:
         """Slabs and biases by operand name."""
-        names = ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in native.SLABS}
 
     @staticmethod
     def of(record: Tensor) -> Prepared:

@@ -48,8 +48,7 @@ def accepts(
         return False
     if any(scalar.numel() != 1 for scalar in scalars):
         return False
-    weights = {"w_up": w_up, "w_gate": w_gate, "w_down": w_down}
-    weights |= {"b_up": b_up, "b_gate": b_gate, "b_down": b_down}
+    weights = dict(zip(native.SLABS, (w_up, w_gate, w_down, b_up, b_gate, b_down), strict=True))
     spec = _spec(x, offsets, w_up, w_gate, w_down, activation)
     return native.refusal(spec, weights) is None and native.library(spec) is not None
 
@@ -71,8 +70,7 @@ def run(
     """The block's output from the chosen experts, [..., D]."""
     found = native.library(_spec(x, offsets, w_up, w_gate, w_down, activation))
     assert found is not None
-    weights = {"w_up": w_up, "w_gate": w_gate, "w_down": w_down}
-    weights |= {"b_up": b_up, "b_gate": b_gate, "b_down": b_down}
+    weights = dict(zip(native.SLABS, (w_up, w_gate, w_down, b_up, b_gate, b_down), strict=True))
     record, x = native.table(), x.contiguous()
     values = torch.stack([s.detach().reshape(()).float() for s in scalars]) if scalars else None
     native.write_weights(record, weights)
@@ -81,10 +79,8 @@ def run(
     rows = x.numel() // x.shape[-1]
     lists = (tokens.contiguous(), offsets.contiguous())
     operands = [native.address(t) for t in (record, x, y)]
-    if (
-        found.d2d_run_lists(*operands, native.count(rows), *map(native.address, lists))
-        != native.RAN
-    ):
+    status = found.d2d_run_lists(*operands, native.count(rows), *map(native.address, lists))
+    if status != native.RAN:
         raise native.no_memory(rows)
     return y
 

@@ -28,7 +28,10 @@ from d2dcompile.kernels.expert_mlp import cpu as expert_cpu
 from d2dcompile.kernels.expert_mlp import expert_mlp
 from d2dcompile.kernels.gate import gate, tau_bits
 
-pytestmark = pytest.mark.skipif(build.compiler() is not None, reason=str(build.compiler()))
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is not None, reason=str(build.compiler())),
+    pytest.mark.usefixtures("any_size"),
+]
 
 GELU, SWIGLU = "gelu(up)", "silu(gate) * up"
 SPECS = {  # d, experts, expert size, router width, gated, bf16
@@ -44,20 +47,6 @@ DRAWN = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-@pytest.fixture(autouse=True)
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks here are smaller than what is worth compiling."""
-    monkeypatch.setattr(native, "SMALLEST", 0)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def run(block: Prepared, x: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ from d2dcompile.expr import function
 from d2dcompile.kernels import build, native
 from d2dcompile.kernels.dynamic_mlp import Prepared, cpu
 
-pytestmark = pytest.mark.skipif(build.compiler() is not None, reason=str(build.compiler()))
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is not None, reason=str(build.compiler())),
+    pytest.mark.usefixtures("any_size"),
+]
 
 GROUP, UNIT = 32, 16  # features of x, and neurons, with one scale
 LOSS = 0.03  # relative error of int8 on both sides of both products; measured: .008 to .02
@@ -38,20 +41,6 @@ DRAWN = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-@pytest.fixture(autouse=True)
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks here are smaller than what is worth compiling."""
-    monkeypatch.setattr(native, "SMALLEST", 0)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def run(block: Prepared, x: Tensor) -> Tensor:
