@@ -35,25 +35,45 @@ def ours(
     Router and gate run in every call; the given mask then takes the place of the gate's. int8: whether
     T = 1 runs on int8 copies of the experts (routers stay in the weights' dtype).
     """
-    blocks = [_block(case, layer, int8) for layer in stack]
+    compiled, blocks = _stack(case, stack, int8)
     places = [block.record.numpy() for block in blocks]
     turns = [[mask.contiguous() for mask in layer] for layer in masks]
     addresses = [[mask.data_ptr() for mask in layer] for layer in turns]
     for place, layer in zip(places, turns, strict=True):
         place[FIELDS.index("forced_rows")] = len(layer[0])
-    cpu.lower()
-    compiled: Any = torch.compile(Stack(), dynamic=False)
-    records, calls, forced = [block.record for block in blocks], count(), FIELDS.index("forced")
+    calls, forced = count(), FIELDS.index("forced")
 
     def run(x: Tensor) -> Tensor:
         n = next(calls)
         for place, layer in zip(places, addresses, strict=True):
             place[forced] = layer[n % len(layer)]
+        return compiled(x)
+
+    run.keeps = turns  # type: ignore[attr-defined]
+    return run
+
+
+def everything(case: Case, stack: Sequence[Layer]) -> Call:
+    """The stack with every expert on and no router: what a block does above its break-even."""
+    compiled, blocks = _stack(case, stack, int8=False)
+    for block in blocks:
+        block.record[FIELDS.index("dense_rows")] = 1
+    return compiled
+
+
+def _stack(case: Case, stack: Sequence[Layer], int8: bool) -> tuple[Call, list[Prepared]]:
+    """The compiled stack as a function of x, and the blocks whose records steer it."""
+    blocks = [_block(case, layer, int8) for layer in stack]
+    records = [block.record for block in blocks]
+    cpu.lower()
+    compiled: Any = torch.compile(Stack(), dynamic=False)
+
+    def run(x: Tensor) -> Tensor:
         with torch.no_grad():
             return compiled(x, records)
 
-    run.keeps = (blocks, turns)  # type: ignore[attr-defined]
-    return run
+    run.keeps = blocks  # type: ignore[attr-defined]
+    return run, blocks
 
 
 def _block(case: Case, layer: Layer, int8: bool) -> Prepared:

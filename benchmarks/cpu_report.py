@@ -15,7 +15,8 @@ def tables(found: Mapping[str, Any]) -> str:
         f"torch {found['versions']['torch']}; `{found['command']}`.",
         "",
         "Cells: times faster than the best rival, in brackets the share of the roofline that ours",
-        "reaches and, after a slash, of the dense block of equal active width; ~ marks noisy cells.",
+        "reaches and, after a slash, of the dense block of equal active width; ~ marks noisy cells,",
+        "d those where every expert runs and no router (their share is above the break-even).",
         "Behind f .1: times faster than oneDNN and than eager.",
     ]
     for dtype in ("bf16", "fp32", "int8"):
@@ -53,7 +54,7 @@ def _best_dense(group: Mapping[str, Any]) -> str | None:
 def _cell(share: str, cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return "-"
-    mark = "~" if cell["noisy"] else ""
+    mark = "~" * cell["noisy"] + "d " * cell.get("everything", False)
     ideal = "" if cell["of_ideal"] is None else f"/{100 * cell['of_ideal']:.0f}"
     text = f"{mark}{cell['speedup']:.3g} ({100 * cell['roofline']:.0f}{ideal} %)"
     if share == "0.1":
