@@ -23,12 +23,16 @@ _OPS: set[str] = set()  # names of all ops, so that a misspelt one in D2D_IMPL i
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op: its name, where it can run, which arguments it takes, and the run."""
+    """One way to run an op: its name, where it can run, which arguments it takes, and the run.
+
+    on_request: whether it runs only where D2D_IMPL names it.
+    """
 
     name: str
     platform: Callable[[], bool]
     accepts: Callable[..., bool]
     run: Callable[..., Any]
+    on_request: bool = False
 
 
 class Op:
@@ -74,8 +78,12 @@ class Op:
         *,
         platform: Callable[[], bool] = lambda: True,
         accepts: Callable[..., bool] = lambda *_: True,
+        on_request: bool = False,
     ) -> None:
-        """Add an implementation; it must take the same parameters as the meaning."""
+        """Add an implementation; it must take the same parameters as the meaning.
+
+        on_request: whether it runs only where D2D_IMPL names it.
+        """
         if name in self.names():
             raise KernelError(
                 f"{self.name} has an implementation {name!r} already; take another name."
@@ -85,7 +93,7 @@ class Op:
                 f"{self.name}:{name} takes {inspect.signature(run)}; the op takes "
                 f"({', '.join(self._parameters)}). Give both the same parameters."
             )
-        self._implementations.append(Implementation(name, platform, accepts, run))
+        self._implementations.append(Implementation(name, platform, accepts, run, on_request))
 
     def names(self) -> Sequence[str]:
         """Names of the implementations, in order of preference; "reference" is always the last."""
@@ -100,7 +108,8 @@ class Op:
                 f"D2D_IMPL asks for {self.name}:{wanted}; known: {', '.join(self.names())}."
             )
         for known in self._implementations:
-            if wanted in (None, known.name) and known.platform() and known.accepts(*args):
+            asked = wanted == known.name or (wanted is None and not known.on_request)
+            if asked and known.platform() and known.accepts(*args):
                 return known.run(*args)
         if wanted is not None:
             raise KernelError(f"{self.name}:{wanted} does not run here or refuses these arguments.")

@@ -1,7 +1,7 @@
 """Replace a matched block by router, gate, dispatch and expert_mlp.
 
     scores = |relu(x router1^T) router2^T|     mask = gate(scores, tau)
-    tokens, offsets = dispatch(mask)           y = expert_mlp(x, tokens, offsets, slabs, biases, f)
+    lists = dispatch(mask)                     y = expert_mlp(x, *lists, slabs, biases, f)
 
 or, where a kernel runs all of it at once, y = dynamic_mlp(x, record). The only pass that edits a graph.
 Operands (slabs, router, tau, or the record of them) are nodes made by the caller: trailing placeholders
@@ -103,10 +103,10 @@ def _experts(
         )
         mask = graph.call_function(gate.overload, (scores, slabs["tau"]))
         lists = graph.call_function(dispatch.overload, (mask,))
-        tokens, offsets = (graph.call_function(getitem, (lists, i)) for i in (0, 1))
+        parts = [graph.call_function(getitem, (lists, i)) for i in range(3)]
     noise = _noise(graph, match, at) if match.noise is not None else None
     scalars = [at(node) for node in match.scalars]
-    return offsets, (x, tokens, offsets, *map(slabs.get, SLABS), noise, scalars, match.activation)
+    return parts[1], (x, *parts, *map(slabs.get, SLABS), noise, scalars, match.activation)
 
 
 def _inputs(

@@ -39,10 +39,12 @@ def verify(gm: GraphModule, expected: int) -> None:
     if len(set(records)) != len(records):
         raise VerifyError("Two blocks of the rewritten graph read one record.")
     for block in blocks:
-        tokens, offsets = block.args[1:3]
-        lists = _from(tokens, getitem)
-        if lists is not _from(offsets, getitem) or (tokens.args[1], offsets.args[1]) != (0, 1):
-            raise VerifyError(f"{block.name} reads tokens and offsets of different dispatches.")
+        parts = block.args[1:4]
+        lists = _from(parts[0], getitem)
+        if any(
+            lists is not _from(part, getitem) or part.args[1] != i for i, part in enumerate(parts)
+        ):
+            raise VerifyError(f"{block.name} reads lists of different dispatches.")
         scores = _from(_from(_from(lists, dispatch.overload), gate.overload), torch.abs)
         if scores is None:
             raise VerifyError(f"{block.name} is not fed by abs -> gate -> dispatch.")

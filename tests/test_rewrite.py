@@ -176,4 +176,4 @@ def test_dump_writes_captured_and_rewritten_graphs(tmp_path, monkeypatch) -> Non
     torch.compile(case.model, backend="d2dmoe", options={"inner": "eager"})(case.x)
     names = sorted(path.name for path in (tmp_path / "graphs").iterdir())
     assert names == ["000_capture.py", "001_rewritten.py"]
-    assert "d2d.expert_mlp_v2" in (tmp_path / "graphs" / names[1]).read_text()
+    assert "d2d.expert_mlp_v3" in (tmp_path / "graphs" / names[1]).read_text()

@@ -1,7 +1,7 @@
 """dynamic_mlp: a converted block in one call, from its router to its output.
 
     scores = |relu(x router1^T) router2^T|      mask = gate(scores, tau)
-    tokens, offsets = dispatch(mask)            y = expert_mlp(x, tokens, offsets, slabs, biases, f)
+    lists = dispatch(mask)                      y = expert_mlp(x, *lists, slabs, biases, f)
 
 x [..., D] fp32 or bf16, the dtype of the weights   y [..., width] in the same dtype
 record: [..] int64, the addresses and strides (kernels.native) that `Prepared` makes of other operands.
@@ -102,9 +102,9 @@ def dynamic_mlp(x: Tensor, record: Tensor, width: int) -> Tensor:
     if block.forced is not None:
         rows = torch.arange(mask[..., 0].numel()) % len(block.forced)
         mask = block.forced.to(mask.device)[rows.to(mask.device)].reshape(mask.shape)
-    tokens, offsets = dispatch(mask)
+    lists = dispatch(mask)
     weights = block.weights().values()
-    result: Tensor = expert_mlp(x, tokens, offsets, *weights, None, [], block.activation)
+    result: Tensor = expert_mlp(x, *lists, *weights, None, [], block.activation)
     return result
 
 

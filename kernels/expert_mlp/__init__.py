@@ -3,7 +3,7 @@
     u_e = x[t] W_up[e]^T + b_up[e]      g_e = x[t] W_gate[e]^T + b_gate[e]      (gated blocks)
 
 x [..., D]   w_up, w_gate, w_down [H, D], neuron-major: expert e owns rows e F to (e + 1) F, F = H / E
-b_up, b_gate [H]   b_down [D]   tokens, offsets: see dispatch, S(t) = experts whose list holds t
+b_up, b_gate [H]   b_down [D]   tokens, offsets, slots: see dispatch, S(t) = experts whose list holds t
 activation: text of f over up, gate and the scalars p0, p1, ... (d2dcompile.expr)   y [..., D]
 noise: [..., H], what active dropout multiplies by: the variable "noise" of the text, without gradient
 
@@ -23,11 +23,12 @@ from ...expr import function
 from ..base import op
 
 
-@op(version=2)
+@op(version=3)
 def expert_mlp(
     x: Tensor,
     tokens: Tensor,
     offsets: Tensor,
+    slots: Tensor,
     w_up: Tensor,
     w_gate: Tensor | None,
     w_down: Tensor,
@@ -93,6 +94,7 @@ def _(
     x: Tensor,
     tokens: Tensor,
     offsets: Tensor,
+    slots: Tensor,
     w_up: Tensor,
     w_gate: Tensor | None,
     w_down: Tensor,
@@ -109,7 +111,14 @@ def pairs(tokens: Tensor, offsets: Tensor) -> int:
 
 @expert_mlp.flops
 def _(
-    x: Tensor, tokens: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Any, *_: Any, **__: Any
+    x: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    slots: Tensor,
+    w_up: Tensor,
+    w_gate: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
     """Two FLOPs per multiply-add of the executed experts."""
     matrices = 2 if w_gate is None else 3
@@ -117,4 +126,5 @@ def _(
 
 
 from . import cpu as cpu  # noqa: E402  (registers the C++ implementation of the op above)
+from . import gpu as gpu  # noqa: E402  (registers the Triton one)
 from . import gradient as gradient  # noqa: E402  (registers its gradient)

@@ -17,12 +17,13 @@ from ..base import op
 from . import expert_mlp, inputs_of, noise_of, owned, pairs
 
 
-@op(version=2)
+@op(version=3)
 def expert_mlp_backward(
     grad_y: Tensor,
     x: Tensor,
     tokens: Tensor,
     offsets: Tensor,
+    slots: Tensor,
     w_up: Tensor,
     w_gate: Tensor | None,
     w_down: Tensor,
@@ -74,6 +75,7 @@ def _(
     x: Tensor,
     tokens: Tensor,
     offsets: Tensor,
+    slots: Tensor,
     w_up: Tensor,
     w_gate: Tensor | None,
     w_down: Tensor,
@@ -97,6 +99,7 @@ def _(
     x: Tensor,
     tokens: Tensor,
     offsets: Tensor,
+    slots: Tensor,
     w_up: Tensor,
     w_gate: Any,
     *_: Any,
@@ -123,11 +126,11 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         g if g.numel() or o is not None else None
         for g, o in zip(found, _operands(tensors, scalars), strict=True)
     )
-    return x, None, None, *rest[:6], None, list(rest[6:]), None
+    return x, None, None, None, *rest[:6], None, list(rest[6:]), None
 
 
 def _operands(tensors: tuple[Any, ...], scalars: list[Tensor]) -> list[Any]:
-    x, _tokens, _offsets, *weights, _noise = tensors
+    x, _tokens, _offsets, _slots, *weights, _noise = tensors
     return [x, *weights, *scalars]
 
 

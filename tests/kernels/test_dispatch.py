@@ -36,7 +36,7 @@ def looped(mask):
 @example(torch.eye(4, dtype=torch.bool)[[2, 2, 2]])  # one expert owns every token
 @example(torch.eye(4, dtype=torch.bool)[[0, 3, 3]])  # two experts in the middle own none
 def test_lists_the_tokens_of_each_expert(mask):
-    tokens, offsets = dispatch(mask)
+    tokens, offsets, _ = dispatch(mask)
     expected, bounds = looped(mask)
     assert offsets.tolist() == bounds
     assert tokens[: bounds[-1]].tolist() == expected
@@ -45,7 +45,8 @@ def test_lists_the_tokens_of_each_expert(mask):
 @BOUNDED
 @given(masks())
 def test_buffers_have_the_worst_case_size(mask):
-    tokens, offsets = dispatch(mask)
+    tokens, offsets, slots = dispatch(mask)
+    assert slots.shape == (len(mask), mask.shape[1] + 1) and slots.dtype is torch.int32
     assert tokens.shape == (mask.numel(),) and tokens.dtype is torch.int32
     assert offsets.shape == (mask.shape[1] + 1,) and offsets.dtype is torch.int32
     assert not tokens[mask.sum() :].any()  # padding is 0, an index that is always in range
@@ -54,12 +55,16 @@ def test_buffers_have_the_worst_case_size(mask):
 @BOUNDED
 @given(masks())
 def test_mask_comes_back_from_the_lists(mask):
-    tokens, offsets = dispatch(mask)
+    tokens, offsets, slots = dispatch(mask)
     sizes = offsets.diff()
     assert offsets[0] == 0 and (sizes >= 0).all()
     again = torch.zeros_like(mask)
     again[tokens[: offsets[-1]].long(), torch.arange(mask.shape[1]).repeat_interleave(sizes)] = True
     assert torch.equal(again, mask)
+    experts = torch.arange(mask.shape[1]).repeat_interleave(sizes)
+    for t, (count, *places) in enumerate(slots.tolist()):
+        assert [tokens[i] for i in places[:count]] == [t] * count
+        assert experts[places[:count]].tolist() == mask[t].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 0), (1, 1, 1)])
@@ -95,6 +100,6 @@ def test_registration(mask):
 
 def test_fake_does_not_depend_on_data():
     with FakeTensorMode() as mode:
-        tokens, offsets = dispatch(mode.from_tensor(torch.zeros(2, 3, 4, dtype=torch.bool)))
-    assert tokens.shape == (24,) and offsets.shape == (5,)
-    assert tokens.dtype is offsets.dtype is torch.int32
+        lists = dispatch(mode.from_tensor(torch.zeros(2, 3, 4, dtype=torch.bool)))
+    assert [part.shape for part in lists] == [(24,), (5,), (6, 5)]
+    assert all(part.dtype is torch.int32 for part in lists)

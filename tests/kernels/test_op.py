@@ -12,6 +12,7 @@ from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.expert_mlp import expert_mlp
 from d2dcompile.kernels.expert_mlp.gradient import expert_mlp_backward
 from d2dcompile.kernels.gate import gate
+from d2dcompile.kernels.route import route
 
 NUMBERS = itertools.count()
 
@@ -123,7 +124,7 @@ def test_calling_an_op_calls_what_is_registered(toy):
     assert toy.__doc__ is toy.meaning.__doc__
 
 
-@pytest.mark.parametrize("known", [gate, dispatch, expert_mlp, expert_mlp_backward])
+@pytest.mark.parametrize("known", [gate, dispatch, route, expert_mlp, expert_mlp_backward])
 def test_every_op_is_complete(known):
     """A docstring and a FLOP formula; opcheck in the ops' own tests covers fakes and gradients."""
     from torch.utils.flop_counter import flop_registry

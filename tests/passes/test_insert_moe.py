@@ -287,4 +287,4 @@ def test_two_calls_make_two_mixtures_with_shared_operands(trace, convert_by_hand
     traced = trace(Twice(), torch.randn(4, D), "export")
     gm = rewriting.rewrite(traced.gm, convert_by_hand(traced))
     blocks = [node for node in gm.graph.nodes if node.target is expert_mlp.overload]
-    assert blocks[0].args[3].target == blocks[1].args[3].target == "d2d_up_w_up"
+    assert blocks[0].args[4].target == blocks[1].args[4].target == "d2d_up_w_up"

@@ -1,0 +1,238 @@
+"""Skeleton: the chosen experts of few tokens, bound by the weights of the union of chosen experts.
+
+    hidden[u, t] = f(gate, up) of token t and the u-th chosen expert, 0 if t did not choose it
+    y[t] = b_down + sum over u of hidden[u, t] W_down[e(u)]
+
+Every weight of the union is read once, by all streaming multiprocessors together; sums over experts
+stay in fp32 and are added in a fixed order. Goes behind experts.py in a generated file.
+"""
+
+import triton
+import triton.language as tl
+
+D = tl.constexpr(64)
+D_PADDED = tl.constexpr(64)
+OUT = tl.constexpr(64)
+E = tl.constexpr(4)
+E_PADDED = tl.constexpr(16)
+F = tl.constexpr(16)
+GATED = tl.constexpr(False)
+PRECISION = tl.constexpr("ieee")
+
+
+@triton.jit
+def activation(up, gate, p):
+    return tl.maximum(up, 0.0)
+
+
+@triton.jit
+def union(offsets_ptr):
+    """First pair, pair behind the last, and the number of chosen experts up to each, all [E_PADDED]."""
+    e = tl.arange(0, E_PADDED)
+    starts = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    ends = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    return starts, ends, tl.cumsum((ends > starts).to(tl.int32), 0)
+
+
+@triton.jit
+def chosen(starts, ends, upto, u):
+    """(expert, its first pair, the pair behind its last one) of the u-th chosen expert."""
+    e = tl.arange(0, E_PADDED)
+    expert = tl.sum((upto <= u).to(tl.int32), 0)
+    own = e == expert
+    return expert, tl.sum(tl.where(own, starts, 0), 0), tl.sum(tl.where(own, ends, 0), 0)
+
+
+@triton.jit
+def dot_one(x_ptr, w_ptr, stride, offs_n, inside):
+    """w x of one token for some rows of a weight [H, D], each read whole: [BLOCK_N] fp32."""
+    offs_k = tl.arange(0, D_PADDED)
+    x = tl.load(x_ptr + offs_k, mask=offs_k < D, other=0.0).to(tl.float32)
+    w = tl.load(
+        w_ptr + offs_n.to(tl.int64)[:, None] * stride + offs_k[None, :],
+        mask=inside[:, None] & (offs_k < D)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
+    return tl.sum(w.to(tl.float32) * x[None, :], 1)
+
+
+@triton.jit
+def decode_up_one(
+    x_ptr,  # [D]
+    offsets_ptr,
+    up_ptr,
+    gate_ptr,
+    b_up_ptr,
+    b_gate_ptr,
+    p_ptr,
+    hidden_ptr,  # [E, F] fp32, row u belongs to the u-th chosen expert
+    counters_ptr,  # [columns] int32, set to 0 for decode_down
+    columns,
+    stride_up,
+    stride_gate,
+    BLOCK_N: tl.constexpr,
+):
+    """hidden of one token, BLOCK_N neurons a program at a time."""
+    blocks: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    if tl.program_id(0) == 0:
+        for c in range(columns):
+            tl.store(counters_ptr + c, 0)
+    starts, ends, upto = union(offsets_ptr)
+    for work in range(tl.program_id(0), tl.max(upto, 0) * blocks, tl.num_programs(0)):
+        u = work // blocks
+        expert, _first, _last = chosen(starts, ends, upto, u)
+        offs_f = (work - work // blocks * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = offs_f < F
+        offs_n = expert * F + offs_f
+        value = dot_one(x_ptr, up_ptr, stride_up, offs_n, inside)
+        if b_up_ptr is not None:
+            value += tl.load(b_up_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            g = dot_one(x_ptr, gate_ptr, stride_gate, offs_n, inside)
+            if b_gate_ptr is not None:
+                g += tl.load(b_gate_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
+            h = activation(value, g, p_ptr)
+        else:
+            h = activation(value, value, p_ptr)
+        tl.store(hidden_ptr + u * F + offs_f, h, mask=inside)
+
+
+@triton.jit
+def decode_up(
+    x_ptr,  # [T, D]
+    tokens_ptr,
+    offsets_ptr,
+    up_ptr,
+    gate_ptr,
+    b_up_ptr,
+    b_gate_ptr,
+    p_ptr,
+    hidden_ptr,  # [E, T, F], panel u belongs to the u-th chosen expert
+    counters_ptr,
+    columns,
+    stride_up,
+    stride_gate,
+    rows,  # T
+    BLOCK_T: tl.constexpr,  # >= T
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden of all tokens for the union of their experts; the weights are the first operand."""
+    blocks: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    if tl.program_id(0) == 0:
+        for c in range(columns):
+            tl.store(counters_ptr + c, 0)
+    starts, ends, upto = union(offsets_ptr)
+    offs_t = tl.arange(0, BLOCK_T)
+    for work in range(tl.program_id(0), tl.max(upto, 0) * blocks, tl.num_programs(0)):
+        u = work // blocks
+        expert, first, last = chosen(starts, ends, upto, u)
+        offs_f = (work - work // blocks * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = offs_f < F
+        offs_n = expert * F + offs_f
+        value = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        g = value
+        for k in range(0, D, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            x = tl.load(
+                x_ptr + offs_t[None, :] * D + offs_k[:, None],
+                mask=(offs_t < rows)[None, :] & (offs_k < D)[:, None],
+                other=0.0,
+            )
+            here = inside[:, None] & (offs_k < D)[None, :]
+            w = tl.load(
+                up_ptr + offs_n.to(tl.int64)[:, None] * stride_up + offs_k[None, :],
+                mask=here,
+                other=0.0,
+                eviction_policy="evict_first",
+            )
+            value = tl.dot(w, x, value, input_precision=PRECISION)
+            if GATED:
+                w = tl.load(
+                    gate_ptr + offs_n.to(tl.int64)[:, None] * stride_gate + offs_k[None, :],
+                    mask=here,
+                    other=0.0,
+                    eviction_policy="evict_first",
+                )
+                g = tl.dot(w, x, g, input_precision=PRECISION)
+        if b_up_ptr is not None:
+            value += tl.load(b_up_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            if b_gate_ptr is not None:
+                g += tl.load(b_gate_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)[:, None]
+            h = activation(value, g, p_ptr)
+        else:
+            h = activation(value, value, p_ptr)
+        listed = first + offs_t
+        token = tl.load(tokens_ptr + listed, mask=listed < last, other=-1)
+        wanted = tl.max((token[:, None] == offs_t[None, :]).to(tl.int32), 0) > 0
+        h = tl.where(wanted[None, :], h, 0.0)
+        out = hidden_ptr + (u * rows + offs_t)[None, :] * F + offs_f[:, None]
+        kept = inside[:, None] & (offs_t < rows)[None, :]
+        tl.store(out, h.to(hidden_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def decode_down(
+    hidden_ptr,  # [E, T, F], or [E, F] fp32 of one token
+    offsets_ptr,
+    down_ptr,  # [H, OUT]
+    b_down_ptr,
+    partial_ptr,  # [SPLITS, T, OUT] fp32
+    counters_ptr,
+    y_ptr,  # [T, OUT]
+    stride_down,
+    rows,
+    ONE: tl.constexpr,  # whether there is one token
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """y for BLOCK_N columns; SPLITS programs share the union, the last one to finish adds their parts."""
+    blocks: tl.constexpr = (F + BLOCK_K - 1) // BLOCK_K
+    column, split = tl.program_id(0), tl.program_id(1)
+    starts, ends, upto = union(offsets_ptr)
+    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = offs_n < OUT
+    offs_t = tl.arange(0, BLOCK_T)
+    if ONE:
+        acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for work in range(split, tl.max(upto, 0) * blocks, SPLITS):
+        u = work // blocks
+        expert, _first, _last = chosen(starts, ends, upto, u)
+        offs_k = (work - work // blocks * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        w = tl.load(
+            down_ptr + (expert * F + offs_k).to(tl.int64)[:, None] * stride_down + offs_n[None, :],
+            mask=(offs_k < F)[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        if ONE:
+            h = tl.load(hidden_ptr + u * F + offs_k, mask=offs_k < F, other=0.0)
+            acc += h[:, None] * w.to(tl.float32)
+        else:
+            h = tl.load(
+                hidden_ptr + (u * rows + offs_t)[:, None] * F + offs_k[None, :],
+                mask=(offs_t < rows)[:, None] & (offs_k < F)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(h, w, acc, input_precision=PRECISION)
+    if ONE:
+        acc = tl.sum(acc, 0)[None, :]
+    kept = (offs_t < rows)[:, None] & inside[None, :]
+    out = offs_t[:, None] * OUT + offs_n[None, :]
+    tl.store(partial_ptr + split * rows * OUT + out, acc, mask=kept)
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + column, 1, sem="acq_rel") == SPLITS - 1:
+        tl.debug_barrier()
+        total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for s in range(SPLITS):
+            part = partial_ptr + s * rows * OUT + out
+            total += tl.load(part, mask=kept, other=0.0, cache_modifier=".cg")
+        if b_down_ptr is not None:
+            total += tl.load(b_down_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_ptr + out, total.to(y_ptr.dtype.element_ty), mask=kept)

@@ -1,0 +1,217 @@
+"""Skeleton: from tokens to the lists of the experts they run, without a look from the host.
+
+    scores = |relu(x W1^T) W2^T|      token t runs e unless scores[t, e] < tau * max_j scores[t, j]
+
+tokens, offsets, slots: see kernels.dispatch. No atomics: lists are in token order, the same bits every
+time. Few tokens: `hidden_few` spreads W1 over the device, `route_few` does the rest in one program. Many:
+`route_many` per block of tokens, then `write_lists`, which adds up the counts of the blocks before its own.
+"""
+
+import triton
+import triton.language as tl
+
+D = tl.constexpr(64)
+R = tl.constexpr(16)
+R_PADDED = tl.constexpr(16)
+E = tl.constexpr(4)
+E_PADDED = tl.constexpr(16)
+PRECISION = tl.constexpr("ieee")
+
+
+@triton.jit
+def gated(scores, offs_t, rows, tau_ptr):
+    """[BLOCK_T, E_PADDED] int32: 1 where a token runs an expert. A row with NaN runs everything."""
+    offs_e = tl.arange(0, E_PADDED)
+    real = (offs_t < rows)[:, None] & (offs_e < E)[None, :]
+    strange = tl.max((scores != scores).to(tl.int32), 1) > 0
+    known = tl.where(real & (scores == scores), scores, 0.0)
+    tau = tl.load(tau_ptr).to(tl.float32, bitcast=True)
+    dropped = (scores < (tau * tl.max(known, 1))[:, None]) & (strange == 0)[:, None]
+    return (real & (dropped == 0)).to(tl.int32)
+
+
+@triton.jit
+def scores_of(hidden, w2_ptr):
+    """|hidden W2^T| of hidden [BLOCK_T, R_PADDED] in W2's dtype, [BLOCK_T, E_PADDED] fp32."""
+    offs_e, offs_r = tl.arange(0, E_PADDED), tl.arange(0, R_PADDED)
+    w2 = tl.load(
+        w2_ptr + offs_e[:, None] * R + offs_r[None, :],
+        mask=(offs_e < E)[:, None] & (offs_r < R)[None, :],
+        other=0.0,
+    )
+    return tl.abs(tl.dot(hidden, tl.trans(w2), input_precision=PRECISION))
+
+
+@triton.jit
+def write(mask, base, offs_t, tokens_ptr, slots_ptr, rows):
+    """Enter a block of tokens into the lists; base [E_PADDED]: where its first pair of each expert goes."""
+    pair = base[None, :] + tl.cumsum(mask, 0) - 1
+    place = tl.cumsum(mask, 1)  # within the token's own list, from 1 on
+    token = offs_t[:, None] + tl.zeros_like(mask)
+    tl.store(tokens_ptr + pair, token, mask=mask > 0)
+    own = slots_ptr + offs_t.to(tl.int64)[:, None] * (E + 1)
+    tl.store(own + place, pair, mask=mask > 0)
+    counts = slots_ptr + offs_t.to(tl.int64) * (E + 1)
+    tl.store(counts, tl.sum(mask, 1), mask=offs_t < rows)
+
+
+@triton.jit
+def write_offsets(offsets_ptr, counts):
+    """offsets [E + 1] of the experts' counts [E_PADDED]; returns each expert's first pair."""
+    offs_e = tl.arange(0, E_PADDED)
+    upto = tl.cumsum(counts, 0)
+    tl.store(offsets_ptr + 1 + offs_e, upto, mask=offs_e < E)
+    tl.store(offsets_ptr + offs_e, upto - counts, mask=offs_e == 0)
+
+
+@triton.jit
+def hidden_few(
+    x_ptr,  # [T, D]
+    w1_ptr,  # [R, D]
+    parts_ptr,  # [SPLITS, T, R] fp32
+    rows,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """parts[s] = x W1^T over every SPLITS-th block of features from block s on."""
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    offs_t = tl.arange(0, BLOCK_T)
+    acc = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
+    for k in range(split * BLOCK_K, D, SPLITS * BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        w = tl.load(
+            w1_ptr + offs_r[:, None] * D + offs_k[None, :],
+            mask=(offs_r < R)[:, None] & (offs_k < D)[None, :],
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + offs_t[None, :] * D + offs_k[:, None],
+            mask=(offs_t < rows)[None, :] & (offs_k < D)[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+    out = parts_ptr + (split * rows + offs_t)[None, :] * R + offs_r[:, None]
+    tl.store(out, acc, mask=(offs_r < R)[:, None] & (offs_t < rows)[None, :])
+
+
+@triton.jit
+def route_few(
+    parts_ptr,  # [SPLITS, T, R] fp32
+    w2_ptr,  # [E, R]
+    tau_ptr,
+    tokens_ptr,
+    offsets_ptr,
+    slots_ptr,
+    rows,
+    BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """All lists of at most BLOCK_T tokens, in one program."""
+    offs_t, offs_r = tl.arange(0, BLOCK_T), tl.arange(0, R_PADDED)
+    inside = (offs_t < rows)[:, None] & (offs_r < R)[None, :]
+    hidden = tl.zeros((BLOCK_T, R_PADDED), tl.float32)
+    for s in tl.static_range(SPLITS):
+        part = parts_ptr + (s * rows + offs_t)[:, None] * R + offs_r[None, :]
+        hidden += tl.load(part, mask=inside, other=0.0)
+    hidden = tl.where(hidden < 0, 0.0, hidden)  # relu that lets NaN pass
+    scores = scores_of(hidden.to(w2_ptr.dtype.element_ty), w2_ptr)
+    mask = gated(scores, offs_t, rows, tau_ptr)
+    counts = tl.sum(mask, 0)
+    write_offsets(offsets_ptr, counts)
+    write(mask, tl.cumsum(counts, 0) - counts, offs_t, tokens_ptr, slots_ptr, rows)
+
+
+@triton.jit
+def route_many(
+    x_ptr,
+    w1_ptr,
+    w2_ptr,
+    tau_ptr,
+    mask_ptr,  # [T, E] int8
+    counts_ptr,  # [blocks, E]
+    rows,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The mask of a block of tokens, and how often it chose each expert."""
+    block = tl.program_id(0)
+    offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_r, offs_e = tl.arange(0, R_PADDED), tl.arange(0, E_PADDED)
+    x_rows = x_ptr + offs_t.to(tl.int64)[:, None] * D
+    acc = tl.zeros((BLOCK_T, R_PADDED), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_rows + offs_k[None, :],
+            mask=(offs_t < rows)[:, None] & (offs_k < D)[None, :],
+            other=0.0,
+        )
+        w1 = tl.load(
+            w1_ptr + offs_r[:, None] * D + offs_k[None, :],
+            mask=(offs_r < R)[:, None] & (offs_k < D)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(x, tl.trans(w1), acc, input_precision=PRECISION)
+    hidden = tl.where(acc < 0, 0.0, acc)
+    scores = scores_of(hidden.to(w2_ptr.dtype.element_ty), w2_ptr)
+    mask = gated(scores, offs_t, rows, tau_ptr)
+    real = (offs_t < rows)[:, None] & (offs_e < E)[None, :]
+    out = mask_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
+    tl.store(out, mask.to(tl.int8), mask=real)
+    tl.store(counts_ptr + block * E + offs_e, tl.sum(mask, 0), mask=offs_e < E)
+
+
+@triton.jit
+def load_mask(mask_ptr, offs_t, rows):
+    """A block of a mask [T, E] int8 as int32, 0 outside."""
+    offs_e = tl.arange(0, E_PADDED)
+    return tl.load(
+        mask_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :],
+        mask=(offs_t < rows)[:, None] & (offs_e < E)[None, :],
+        other=0,
+    ).to(tl.int32)
+
+
+@triton.jit
+def count(mask_ptr, counts_ptr, rows, BLOCK_T: tl.constexpr):
+    """How often a block of tokens chose each expert, of a given mask."""
+    block = tl.program_id(0)
+    offs_e = tl.arange(0, E_PADDED)
+    mask = load_mask(mask_ptr, block * BLOCK_T + tl.arange(0, BLOCK_T), rows)
+    tl.store(counts_ptr + block * E + offs_e, tl.sum(mask, 0), mask=offs_e < E)
+
+
+@triton.jit
+def write_lists(
+    mask_ptr,  # [T, E] int8
+    counts_ptr,  # [blocks, E]
+    tokens_ptr,
+    offsets_ptr,
+    slots_ptr,
+    rows,
+    blocks,
+    BLOCK_T: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """The lists of one block of tokens, behind those of the blocks before it."""
+    block = tl.program_id(0)
+    offs_e = tl.arange(0, E_PADDED)
+    total = tl.zeros((E_PADDED,), tl.int32)
+    before = tl.zeros((E_PADDED,), tl.int32)
+    for b in range(0, blocks, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        counts = tl.load(
+            counts_ptr + offs_b[:, None] * E + offs_e[None, :],
+            mask=(offs_b < blocks)[:, None] & (offs_e < E)[None, :],
+            other=0,
+        )
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((offs_b < block)[:, None], counts, 0), 0)
+    if block == 0:
+        write_offsets(offsets_ptr, total)
+    offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    base = tl.cumsum(total, 0) - total + before
+    write(load_mask(mask_ptr, offs_t, rows), base, offs_t, tokens_ptr, slots_ptr, rows)

@@ -1,0 +1,56 @@
+"""route in Triton (kernels/gpu/route.py): no look from the host, no atomics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import device
+from ..device import padded
+from ..dispatch import buffers
+from ..dispatch.gpu import MOST_EXPERTS, WARPS, block_rows, module, write_lists
+from . import route
+
+MOST_ROUTER = 256  # both layers of a block of tokens are held in one program
+SPLITS = 4  # programs that share the features of few tokens, for each block of the router's width
+
+
+def accepts(x: Tensor, router1: Tensor, router2: Tensor, tau: Tensor) -> bool:
+    """Whether all is on one device in one supported dtype, and a row of scores fits a program."""
+    fits = router2.shape[0] <= MOST_EXPERTS and router1.shape[0] <= MOST_ROUTER
+    same = x.dtype == router1.dtype == router2.dtype and x.dtype in device.DTYPES
+    return fits and same and device.takes((router1, router2, tau), x.device)
+
+
+def run(x: Tensor, router1: Tensor, router2: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The lists of the experts that each row of x runs."""
+    (width, d), experts = router1.shape, router2.shape[0]
+    x = x.reshape(-1, d).contiguous()
+    w1, w2 = router1.contiguous(), router2.contiguous()
+    kernels = module(d, width, experts, device.precision(x.dtype))
+    rows, lists = len(x), buffers(x, len(x), experts)
+    if rows == 0:
+        lists[1].zero_()
+        return lists
+    block = block_rows(experts)
+    if rows <= block:
+        few, part = padded(rows), padded(min(d, 256))
+        parts = x.new_empty(SPLITS, rows, width, dtype=torch.float32)
+        kernels.hidden_few[(-(-width // 16), SPLITS)](
+            x, w1, parts, rows, BLOCK_T=few, BLOCK_R=16, BLOCK_K=part, SPLITS=SPLITS, num_warps=4
+        )
+        kernels.route_few[(1,)](
+            parts, w2, tau, *lists, rows, BLOCK_T=few, SPLITS=SPLITS, num_warps=WARPS
+        )
+        return lists
+    blocks = -(-rows // block)
+    mask = x.new_empty(rows, experts, dtype=torch.int8)
+    counts = x.new_empty(blocks, experts, dtype=torch.int32)
+    kernels.route_many[(blocks,)](
+        x, w1, w2, tau, mask, counts, rows, BLOCK_T=block, BLOCK_K=64, num_warps=WARPS, num_stages=3
+    )
+    write_lists(kernels, mask, counts, lists, block)
+    return lists
+
+
+device.register(route, run, accepts)
