@@ -11,13 +11,13 @@ Mixture-of-Experts Conversion, NeurIPS 2024, arXiv:2310.04361.
 """
 
 from . import errors
-from .artifact import load
 from .attachment import attach, detach, set_tau
 from .config import Config
 from .conversion import convert
 from .explaining import Report, explain
 from .ir import Conversion, Experts, Miss, Plan, Site
 from .measuring import SiteStats, Stats, fit_tau, measure
+from .reading import load
 from .rewriting import rewrite
 from .tuning import tune
 

@@ -11,198 +11,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import schedules
 from .capture import unwrap
-from .errors import ConversionMismatchError, TauError, WeightsChangedError
-from .expr import parse, quiet, without_casts
-from .ir import Conversion, Experts, Schedule, Site
-from .kernels import native
-from .kernels.dynamic_mlp import Prepared, cpu
-from .kernels.gate import tau_bits
-from .layout import digest, permuted, slabs
-from .passes.insert_moe import operand_names
-
-
-def meaning(activation: str) -> str:
-    """An activation apart from its changes of dtype and dropout: equal for what computes the same."""
-    return str(quiet(without_casts(parse(activation))))
-
-
-class State:
-    """One attached site: its weights (weakly held), router, tau, and when they were last verified."""
-
-    def __init__(self, experts: Experts, weights: Mapping[str, nn.Parameter]) -> None:
-        self.experts = experts
-        self.site = experts.site
-        self._weights = {role: weakref.ref(weight) for role, weight in weights.items()}
-        self._tau: dict[torch.device, Tensor] = {}
-        self._cache: dict[str, Any] = {}
-        self.tau = experts.tau
-        self.meaning = meaning(experts.site.activation)
-        self.applied: float | None = None  # the tau option that a backend has set already
-        self._prepared: dict[tuple[bool, bool], tuple[Any, Prepared]] = {}
-        self.forced: Tensor | None = None  # see force_masks
-        self.schedule = Schedule()
-        self.seen = self._fingerprint()
-
-    def weight(self, role: str) -> nn.Parameter:
-        """The live parameter of a role ("up", "down.bias", ...)."""
-        parameter = self._weights[role]()
-        if parameter is None:
-            raise WeightsChangedError(
-                f"Parameter {self.site.tensors[role]} of site {self.site.name!r} was replaced after "
-                "the conversion. Run convert() again on the new weights."
-            )
-        return parameter
-
-    def weights(self) -> dict[str, nn.Parameter | None]:
-        """The site's weights and biases by role, None for those that exist no more."""
-        return {role: ref() for role, ref in self._weights.items()}
-
-    def owns(self, weights: Mapping[str, Any]) -> bool:
-        """Whether these are the very parameters the site was attached to, by role."""
-        return all(ref() is weights.get(role) for role, ref in self._weights.items())
-
-    def set_tau(self, tau: float) -> None:
-        """Change the threshold in place, on every device it was used on."""
-        self.tau = tau
-        for device, held in self._tau.items():
-            held.copy_(tau_bits(tau, device))
-        self.steer()
-
-    def tau_on(self, device: torch.device) -> Tensor:
-        """The threshold as int32 bits on a device; the same tensor for the life of the state."""
-        if device not in self._tau:
-            with torch.inference_mode(False):
-                self._tau[device] = tau_bits(self.tau, device)
-        return self._tau[device]
-
-    def _fingerprint(self) -> tuple[Any, ...]:
-        """Cheap identity of the weights' values: in-place edits and swaps of storage change it."""
-        return tuple(
-            (p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version)
-            for p in (ref() for ref in self._weights.values())
-            if p is not None
-        )
-
-    def check(self) -> None:
-        """Raise WeightsChangedError if the weights' values are not those of the conversion.
-
-        Costs a few attribute reads while nothing changed; otherwise the values are hashed once.
-        A cast to another float dtype or a move to another device is recognised by its own hash.
-        """
-        now = self._fingerprint()
-        if now == self.seen:
-            return
-        for role, name in self.site.tensors.items():
-            known = self.experts.hashes[role]["permuted"]
-            weight = self.weight(role)
-            found = digest(weight)
-            dtype = str(weight.dtype).removeprefix("torch.")
-            if found != known.get(dtype):
-                raise WeightsChangedError(
-                    f"Weights of site {self.site.name!r} changed after conversion: {name} now has "
-                    f"SHA-256 {found[:12]} as {dtype}, expected {known.get(dtype, 'none')[:12]}. "
-                    "Run convert() again on the new weights, or compile with "
-                    'options={"trainable": True} if you are fine-tuning the converted model.'
-                )
-        self.seen = now
-        self._cache.clear()
-
-    def operands(self) -> tuple[Tensor, ...]:
-        """What the inserted nodes take, in the order of `operand_names`; views of the live weights.
-
-        While gradients are recorded the views are made anew, so that they lead back to the weights.
-        """
-        live = torch.is_grad_enabled() and any(
-            self.weight(role).requires_grad for role in self._weights
-        )
-        if live:
-            return self._operands(detach=False)
-        key = tuple(entry[:2] for entry in self._fingerprint())
-        if self._cache.get("key") != key:
-            self._cache = {"key": key, "operands": self._operands(detach=True)}
-        cached: tuple[Tensor, ...] = self._cache["operands"]
-        return cached
-
-    def prepared(self, packs: bool, int8: bool = False) -> Prepared:
-        """The site's operands as a kernel takes them, made anew whenever the weights changed.
-
-        packs: whether kernels may keep a copy of the weights in an order of their own; int8: whether one
-        token runs on an int8 copy.
-        """
-        key, held = self._fingerprint(), self._prepared.get((packs, int8))
-        if held is None or held[0] != key:
-            names = operand_names(self.site)
-            values: dict[str, Any] = dict.fromkeys(native.SLABS)
-            values.update(zip(names, self._operands(detach=True), strict=True))
-            block = Prepared(**values, activation=self.site.activation, packs=packs, int8=int8)
-            cpu.fill(block)
-            self._prepared[packs, int8] = held = key, block
-            self.steer()
-        return held[1]
-
-    def expected_share(self) -> float:
-        """The executed share to expect at the present tau: of the forced masks, or as calibrated."""
-        if self.forced is not None:
-            return float(self.forced.float().mean())
-        known = {float(k.split("@")[1]): v for k, v in self.experts.stats.items() if "share@" in k}
-        points = sorted({0.0: 1.0, 1.0: 0.0, **known}.items())
-        for (low, above), (high, below) in pairwise(points):
-            if self.tau <= high:
-                return above + (below - above) * (self.tau - low) / (high - low)
-        return 0.0
-
-    @property
-    def dense_rows(self) -> int:
-        """Tokens of a call from which every expert runs, since few would be skipped; 0 for never."""
-        return self.schedule.dense_rows(self.expected_share())
-
-    def steer(self) -> None:
-        """Bring the kernels' records up to date with tau, forced masks and measured schedules."""
-        if not self._prepared:
-            return
-        spec = native.spec_of(self.experts, self.weight("down").dtype)
-        self.schedule = schedules.lookup(spec)
-        for _, block in self._prepared.values():
-            cpu.force(block, self.forced)
-            cpu.schedule(block, self.schedule, self.expected_share())
-
-    def force_masks(self, masks: Tensor | None) -> None:
-        """Use masks [rows, E] instead of the gate's, as `testing.forced_share` does; None ends it."""
-        self.forced = masks
-        self.steer()
-
-    def release(self) -> None:
-        """Drop what was made for kernels: records and packed copies."""
-        self._prepared.clear()
-        self._cache.clear()
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the copies of the weights that kernels keep, 0 where they keep none."""
-        blocks = [block for _, block in self._prepared.values()]
-        copies = [copy for block in blocks for copy in (block.packed, block.quantised)]
-        return sum(copy.nbytes for copy in copies if copy is not None)
-
-    def _operands(self, *, detach: bool) -> tuple[Tensor, ...]:
-        weights = {role: self.weight(role) for role in self._weights}
-        down = weights["down"]
-        values = {
-            name: (t.detach() if detach else t) for name, t in slabs(self.site, weights).items()
-        }
-        values["tau"] = self.tau_on(down.device)
-        first = values["w_up"]
-        for name, router in (("router1", self.experts.router1), ("router2", self.experts.router2)):
-            values[name] = router.to(first.device, first.dtype)
-        return tuple(values[name] for name in operand_names(self.site))
-
+from .config import check_tau
+from .errors import ConversionMismatchError, TauError
+from .ir import Conversion, Experts, Site
+from .layout import digest, permuted
+from .state import State
 
 _STATES: dict[int, State] = {}  # by the identity of the down weight
 _OWNERS: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()  # of any weight
@@ -211,7 +30,7 @@ _OWNERS: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()
 def lookup(parameter: Any) -> State | None:
     """The attached site whose down weight is this very tensor, or None."""
     state = _STATES.get(id(parameter))
-    return state if state is not None and state._weights["down"]() is parameter else None
+    return state if state is not None and state.belongs_to(parameter) else None
 
 
 def owner(parameter: Any) -> State | None:
@@ -386,11 +205,3 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float]) -> None:
         check_tau(value)
     for name, value in wanted.items():
         known[name].set_tau(float(value))
-
-
-def check_tau(value: Any) -> float:
-    """The threshold as a float; TauError unless it is a finite number in 0..1."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0.0 <= value <= 1.0:
-        raise TauError(f"tau is {value!r}; expected a finite number in 0..1 (0 runs all experts).")
-    return float(value)

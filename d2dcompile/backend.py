@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -22,77 +20,19 @@ from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
 from torch.fx import GraphModule
 
-from .attachment import State, check_tau, lookup, meaning, owner
+from .attachment import owner
+from .calling import Dispatching, Slot, operands_of
 from .capture import Captured, from_dynamo
-from .errors import D2DError, DenseFallbackWarning, NoConversionError, OptionError
+from .errors import D2DError, DenseFallbackWarning, NoConversionError
 from .ir import Conversion, Miss
 from .lowering import lower
+from .options import Options
 from .passes import Match
-from .rewriting import dump, match, parameter_places, rewrite_captured, state_of
+from .reading import load
+from .rewriting import dump, match, rewrite_captured, state_of
+from .state import State
 
 log = logging.getLogger(__name__)
-
-INNER = ("inductor", "aot_eager", "eager")
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `options=` of torch.compile may hold.
-
-    Attributes:
-        conversion: a Conversion or the folder of a saved one, attached to the weights that carry its
-            hashes; without it the conversion already attached to the model is used.
-        tau: threshold to set on every site when a graph is compiled; None keeps the sites' own.
-        strict: whether convertible sites without a conversion are an error (True) or run dense with
-            one warning (False).
-        inner: who compiles the rewritten graph: "inductor", "aot_eager" or "eager".
-        pack: whether CPU kernels may keep a copy of each converted block's weights in an order of their
-            own, made when a block first gets more than one token (as Inductor's freezing does);
-            without, they reorder what they read at every call. One token never needs the copy.
-        int8: whether calls of one token run on int8 copies of the converted blocks' weights, made at the
-            first such call, with the token and the hidden values rounded to int8 too. Lossy: a block's
-            output is a relative .01 to .02 off with random weights, .01 to .03 in MiniLM, at tau = 0 as
-            well. Routing, calls of more tokens, and blocks that no CPU kernel runs are as without.
-        trainable: whether the weights may change, as in fine-tuning; turns off the check that they
-            are still those of the conversion.
-    """
-
-    conversion: Conversion | str | PathLike[str] | None = None
-    tau: float | None = None
-    strict: bool = True
-    inner: str = "inductor"
-    pack: bool = True
-    int8: bool = False
-    trainable: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tau is not None:
-            check_tau(self.tau)
-        for name in ("strict", "pack", "int8", "trainable"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"Option {name!r} is {getattr(self, name)!r}; expected a bool.")
-        if self.inner not in INNER:
-            raise OptionError(
-                f"Option 'inner' is {self.inner!r}; expected one of {', '.join(INNER)}."
-            )
-        if not isinstance(self.conversion, (Conversion, str, PathLike, type(None))):
-            raise OptionError(
-                f"Option 'conversion' is a {type(self.conversion).__name__}; expected a Conversion or "
-                "the folder that Conversion.save wrote."
-            )
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> Options:
-        """The options, each known and of its type; OptionError says which are not."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise OptionError(
-                f"Unknown option {', '.join(map(repr, unknown))} for backend 'd2dmoe'; "
-                f"expected some of: {', '.join(known)}."
-            )
-        return cls(**given)
 
 
 def backend(
@@ -106,12 +46,12 @@ def backend(
     """Compile one Dynamo graph with its converted sites as mixtures of experts.
 
     gm, example_inputs: what torch.compile gives a backend; parameters are inputs. options: see
-    `Options`; mode: as for Inductor. Returns a callable with the graph's inputs and outputs.
+    `d2dcompile.options`; mode: as for Inductor. Returns a callable with the graph's inputs and outputs.
 
     Raises OptionError, NoConversionError, ConversionMismatchError, ArtifactError and TauError.
     """
     try:
-        chosen = _options(options, mode, unknown)
+        chosen = Options.parse(options, mode, unknown)
         captured = from_dynamo(gm, example_inputs, {})
         dump("capture", gm)
         matches, misses = match(captured)
@@ -123,16 +63,12 @@ def backend(
         at_once = lower(converted, states, chosen.pack, chosen.int8, chosen.inner == "inductor")
         rewritten = rewrite_captured(captured, converted, at_once)
         dump("rewritten", rewritten.gm)
-        running = [
-            Running(states[m.site.name], m.site.name in at_once, chosen.pack, chosen.int8)
-            for m in converted
-        ]
-        extra = [t for site in running for t in site.operands()]
-        compiled = _inner(
-            rewritten.gm, [*example_inputs, *map(_of_fixed_shape, extra)], chosen, mode
-        )
+        slots = [Slot.of(captured, m, m.site.name in at_once, chosen) for m in converted]
+        extra = operands_of(slots, [states[m.site.name] for m in converted])
+        inputs = [*example_inputs, *map(_of_fixed_shape, extra)]
+        compiled = _inner(rewritten.gm, inputs, chosen, mode)
         log.info("%d of %d sites run as experts", len(converted), len(matches))
-        return Dispatching(captured, converted, compiled, chosen, at_once)
+        return Dispatching(captured, slots, compiled, chosen)
     except D2DError as error:
         raise _plain(error) from error.__cause__
 
@@ -159,19 +95,6 @@ def _warn_of_unmatched(
                 DenseFallbackWarning,
                 stacklevel=2,
             )
-
-
-def _options(
-    options: Mapping[str, Any] | None, mode: str | None, unknown: Mapping[str, Any]
-) -> Options:
-    if unknown:
-        raise OptionError(f"Unknown argument {sorted(unknown)} for backend 'd2dmoe'.")
-    if mode not in (None, *MODES):
-        raise OptionError(f"mode is {mode!r}; expected one of {', '.join(MODES)}.")
-    chosen = Options.parse(options or {})
-    if mode not in (None, "default") and chosen.inner != "inductor":
-        raise OptionError(f"mode {mode!r} needs inner 'inductor', not {chosen.inner!r}.")
-    return chosen
 
 
 def _plain(error: D2DError) -> D2DError:
@@ -221,8 +144,6 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
 def _load(conversion: Conversion | str | PathLike[str] | None) -> Conversion | None:
     if conversion is None or isinstance(conversion, Conversion):
         return conversion
-    from .artifact import load
-
     return load(conversion)
 
 
@@ -254,137 +175,3 @@ def _inner(
     compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     lowered: Callable[..., Any] = compiled
     return lowered
-
-
-@dataclass(frozen=True)
-class Running:
-    """A site as a compiled graph runs it: by one kernel or by separate ops, which take other operands."""
-
-    state: State
-    at_once: bool
-    packs: bool
-    int8: bool
-
-    def operands(self) -> tuple[Tensor, ...]:
-        """The graph's operands for this site."""
-        if self.at_once:
-            return (self.state.prepared(self.packs, self.int8).record,)
-        return self.state.operands()
-
-
-@dataclass(frozen=True)
-class Looked:
-    """The result of one look-up, and what it rests on: each weight's identity, memory and version."""
-
-    weights: tuple[tuple[int, weakref.ref[Tensor], int, int | None], ...]
-    states: tuple[tuple[int, weakref.ref[State]], ...]
-    operands: Sequence[Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        running: Sequence[Running],
-        places: Sequence[Mapping[str, int]],
-        args: Sequence[Any],
-        operands: Sequence[Tensor],
-    ) -> Looked:
-        """The look-up for a call; places: which argument each of a site's weights is, by role."""
-        distinct = {place: args[place] for site in places for place in site.values()}
-        weights = tuple(
-            (place, weakref.ref(w), w.data_ptr(), None if w.is_inference() else w._version)
-            for place, w in distinct.items()
-        )
-        states = tuple(
-            (site["down"], weakref.ref(r.state)) for site, r in zip(places, running, strict=True)
-        )
-        return cls(weights, states, operands)
-
-    def holds(self, args: Sequence[Any]) -> bool:
-        """Whether it is still true of a call with these arguments; about 0.15 us a weight."""
-        if torch.is_grad_enabled():
-            return False
-        for place, ref, address, version in self.weights:
-            weight = ref()
-            if weight is None or weight is not args[place] or weight.data_ptr() != address:
-                return False
-            if version is not None and weight._version != version:
-                return False
-        return all(lookup(args[place]) is ref() is not None for place, ref in self.states)
-
-
-class Dispatching:
-    """A compiled graph that finds its sites' operands by the weights it is called with.
-
-    Dynamo does not guard on which parameters a graph is called with: the same graph serves other
-    layers and other instances of a model. So each call looks every site's weights up; where a site
-    has no conversion, the call is an error, or with strict=False runs the captured graph dense.
-    Inductor's freezing makes weights attributes of the graph, on whose identity Dynamo does guard.
-    """
-
-    def __init__(
-        self,
-        captured: Captured,
-        matches: Sequence[Match],
-        compiled: Callable[..., Any],
-        options: Options,
-        at_once: Container[str],
-    ) -> None:
-        self._dense = captured.gm.forward
-        self._attributes = tuple(captured.tensors[node] for node in captured.attributes())
-        self._compiled = compiled
-        self._options = options
-        self._sites = [tuple(parameter_places(captured, m).items()) for m in matches]
-        self._kinds = [(m.site.kind, meaning(m.activation)) for m in matches]
-        self._at_once = [m.site.name in at_once for m in matches]
-        self._last: Looked | None = None
-        self._warned = False
-
-    def __call__(self, *args: Any) -> Any:
-        weights = args + self._attributes
-        if self._last is not None and self._last.holds(weights):
-            return self._compiled(*args, *self._last.operands)
-        running = self._look_up(weights)
-        if running is None:
-            return self._run_dense(args)
-        extra = [operand for site in running for operand in site.operands()]
-        if not torch.is_grad_enabled():
-            places = [dict(roles) for roles in self._sites]
-            self._last = Looked.of(running, places, weights, extra)
-        return self._compiled(*args, *extra)
-
-    def _look_up(self, args: Sequence[Any]) -> list[Running] | None:
-        """The sites that these arguments are the weights of; None if one has no conversion."""
-        found: list[Running] = []
-        for roles, kind, at_once in zip(self._sites, self._kinds, self._at_once, strict=True):
-            weights = {role: args[place] for role, place in roles}
-            state = lookup(weights["down"])
-            if state is None or (state.site.kind, state.meaning) != kind or not state.owns(weights):
-                return None
-            if not self._options.trainable:
-                state.check()
-            found.append(Running(state, at_once, self._options.pack, self._options.int8))
-        return found
-
-    def names(self, args: Sequence[Any]) -> list[str]:
-        """The names of the sites that a call with these arguments runs."""
-        weights = (*args, *self._attributes)
-        found = (lookup(weights[dict(roles)["down"]]) for roles in self._sites)
-        return [state.site.name for state in found if state is not None]
-
-    def _run_dense(self, args: Sequence[Any]) -> Any:
-        """The captured graph as it was, for weights without a conversion; an error when strict."""
-        message = (
-            "A graph compiled for converted weights was called with weights that have no conversion: "
-            "another instance of the model, a swapped parameter, or after detach(). Call "
-            "d2dcompile.convert(model, batches) or load(folder).attach(model) for them"
-        )
-        if self._options.strict:
-            raise NoConversionError(
-                f'{message}, or pass options={{"strict": False}} to run such calls dense.'
-            )
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{message}. Running dense, uncompiled.", DenseFallbackWarning, stacklevel=3
-            )
-        return self._dense(*args)

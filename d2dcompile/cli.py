@@ -96,7 +96,7 @@ def _specs(given: argparse.Namespace) -> list[Spec]:
             f"{given.target!r} is neither the folder of a saved conversion nor a shape such as "
             "'768x3072 gelu(up) bf16' or '2048x5632 silu(gate) * up'."
         )
-    from .artifact import load
+    from .reading import load
 
     return tuning.specs_of(load(given.target), dtypes)
 

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, TauError
 
 RUNTIME_VARIABLES = ("D2D_DUMP", "D2D_IMPL", "D2D_CACHE")
 
@@ -50,8 +50,7 @@ class Config:
         for name in ("expert_size", "router_width", "router_epochs", "calibration_tokens"):
             _positive(name, getattr(self, name))
         _positive("calibration_bytes", self.calibration_bytes)
-        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
-        if not number or not 0.0 <= self.tau <= 1.0:
+        if not _is_tau(self.tau):
             raise ConfigError(
                 f"Config.tau is {self.tau!r}; expected a number in 0..1 (0 is dense)."
             )
@@ -82,6 +81,18 @@ class Config:
 def _positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"Config.{name} is {value!r}; expected an integer >= 1.")
+
+
+def check_tau(value: Any) -> float:
+    """The threshold as a float; TauError unless it is a finite number in 0..1."""
+    if not _is_tau(value):
+        raise TauError(f"tau is {value!r}; expected a finite number in 0..1 (0 runs all experts).")
+    return float(value)
+
+
+def _is_tau(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0.0 <= value <= 1.0
 
 
 def _parse(variable: str, name: str, text: str) -> Any:

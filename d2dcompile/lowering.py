@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .attachment import State
 from .kernels import build, native
 from .kernels.dynamic_mlp import cpu
 from .passes import Match
 from .passes.insert_moe import operand_names
 from .passes.names import dtype_of
+from .state import State
 
 log = logging.getLogger(__name__)
 

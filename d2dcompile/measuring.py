@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .attachment import State, set_tau, states
+from .attachment import set_tau, states
 from .capture import unwrap
 from .errors import BudgetError, CalibrationError, NoConversionError
 from .probe import Graph, arguments, countable, flop_counter, insert_observer, probing
 from .rewriting import Rewritten, rewrite_captured, state_of
+from .state import State
 
 TOLERANCE = 0.003  # of the budget's unit, a share of 1; below the noise of any real stream
 EVALUATIONS = 24  # enough to bisect 0..1 to 1e-7

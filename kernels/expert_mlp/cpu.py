@@ -6,6 +6,9 @@ call whose weights are packed, and no Python between experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,44 +16,29 @@ from .. import native
 from . import expert_mlp
 
 
-def _spec(
-    x: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Tensor | None, w_down: Tensor, activation: str
-) -> native.Spec:
-    experts = offsets.numel() - 1
+def _spec(x: Tensor, offsets: Tensor, weights: Mapping[str, Any], activation: str) -> native.Spec:
+    experts, w_up = offsets.numel() - 1, weights["w_up"]
     return native.Spec(
         d=x.shape[-1],
-        out=w_down.shape[1],
+        out=weights["w_down"].shape[1],
         experts=experts,
         size=w_up.shape[0] // experts,
         router=1,
-        gated=w_gate is not None,
+        gated=weights["w_gate"] is not None,
         bf16=w_up.dtype == torch.bfloat16,
         activation=activation,
     )
 
 
-def accepts(
-    x: Tensor,
-    tokens: Tensor,
-    offsets: Tensor,
-    slots: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None,
-    w_down: Tensor,
-    b_up: Tensor | None,
-    b_gate: Tensor | None,
-    b_down: Tensor | None,
-    noise: Tensor | None,
-    scalars: list[Tensor],
-    activation: str,
-) -> bool:
+def accepts(x: Tensor, tokens: Tensor, offsets: Tensor, slots: Tensor, *others: Any) -> bool:
     """Whether all is on the CPU in one supported dtype, and nothing but plain experts is asked for."""
-    if noise is not None or x.device.type != "cpu" or x.dtype != w_up.dtype:
+    *slabs, noise, scalars, activation = others
+    weights = dict(zip(native.SLABS, slabs, strict=True))
+    if noise is not None or x.device.type != "cpu" or x.dtype != weights["w_up"].dtype:
         return False
     if any(scalar.numel() != 1 for scalar in scalars):
         return False
-    weights = dict(zip(native.SLABS, (w_up, w_gate, w_down, b_up, b_gate, b_down), strict=True))
-    spec = _spec(x, offsets, w_up, w_gate, w_down, activation)
+    spec = _spec(x, offsets, weights, activation)
     return native.refusal(spec, weights) is None and native.library(spec) is not None
 
 
@@ -70,9 +58,9 @@ def run(
     activation: str,
 ) -> Tensor:
     """The block's output from the chosen experts, [..., D]."""
-    found = native.library(_spec(x, offsets, w_up, w_gate, w_down, activation))
-    assert found is not None
     weights = dict(zip(native.SLABS, (w_up, w_gate, w_down, b_up, b_gate, b_down), strict=True))
+    found = native.library(_spec(x, offsets, weights, activation))
+    assert found is not None
     record, x = native.table(), x.contiguous()
     values = torch.stack([s.detach().reshape(()).float() for s in scalars]) if scalars else None
     native.write_weights(record, weights)

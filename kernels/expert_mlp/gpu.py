@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError
+from ...expr import parse
 from .. import device, emit, native, render
 from ..device import padded, programs
 from . import expert_mlp
@@ -86,9 +87,17 @@ def source(spec: Spec) -> str:
         "E_PADDED": padded(spec.experts), "F": spec.size, "GATED": spec.gated,
         "PRECISION": spec.precision,
     }  # fmt: skip
-    functions = emit.triton_source(spec.activation)
     title = f"Experts of a block: {spec}."
-    return render.render(title, ["experts.py", "decode.py"], constants, functions)
+    return render.render(title, ["experts.py", "decode.py"], constants, _functions(spec.activation))
+
+
+def _functions(text: str) -> str:
+    """Triton functions of an activation text: `activation`, which loads its scalars, and what it calls."""
+    count = 1 + max((int(name[1:]) for name in parse(text).variables() if name[0] == "p"), default=-1)
+    loads = "".join(f"tl.load(p_ptr + {i}), " for i in range(count))
+    wrapper = f"@triton.jit\ndef activation(up, gate, p_ptr):\n    return value(up, gate, ({loads}))"
+    value = emit.activation_source(text, "value", "triton")
+    return "\n\n\n".join(part for part in (emit.library_source(text).strip(), value, wrapper) if part)
 
 
 @lru_cache(maxsize=256)
@@ -132,30 +141,17 @@ def default(spec: Spec, rows: int, itemsize: int, share: float = SHARE) -> Sched
     return Schedule("pairs", up, down, swap=per_expert < 64)
 
 
-def accepts(
-    x: Tensor,
-    tokens: Tensor,
-    offsets: Tensor,
-    slots: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None,
-    w_down: Tensor,
-    b_up: Tensor | None,
-    b_gate: Tensor | None,
-    b_down: Tensor | None,
-    noise: Tensor | None,
-    scalars: list[Tensor],
-    activation: str,
-) -> bool:
+def accepts(x: Tensor, tokens: Tensor, offsets: Tensor, slots: Tensor, *others: Any) -> bool:
     """Whether all is on one device in one supported dtype, and nothing but plain experts is asked for."""
-    weights = (w_up, w_gate, w_down, b_up, b_gate, b_down)
-    given = [t for t in (x, *weights) if t is not None]
+    *slabs, noise, scalars, activation = others
+    given = [t for t in (x, *slabs) if t is not None]
     if noise is not None or x.dtype not in device.DTYPES or any(t.dtype != x.dtype for t in given):
         return False
     if any(s.numel() != 1 for s in scalars) or offsets.numel() - 1 > MOST_EXPERTS:
         return False
     if not device.takes((*given, tokens, offsets, slots, *scalars), x.device):
         return False
+    w_up, w_gate, w_down = slabs[:3]
     return _source(spec_of(x, offsets, w_up, w_gate, w_down, activation)) is not None
 
 

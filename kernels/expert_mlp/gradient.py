@@ -70,26 +70,11 @@ def _none(like: Tensor) -> Tensor:
 
 
 @expert_mlp_backward.fake
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    tokens: Tensor,
-    offsets: Tensor,
-    slots: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None,
-    w_down: Tensor,
-    b_up: Tensor | None,
-    b_gate: Tensor | None,
-    b_down: Tensor | None,
-    noise: Tensor | None,
-    scalars: list[Tensor],
-    activation: str,
-) -> list[Tensor]:
-    operands = (x, w_up, w_gate, w_down, b_up, b_gate, b_down, *scalars)
+def _(grad_y: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
+    *tensors, scalars, _activation = others
     return [
         _none(x) if o is None else torch.empty_like(o, memory_format=torch.contiguous_format)
-        for o in operands
+        for o in _operands((x, *tensors), scalars)
     ]
 
 

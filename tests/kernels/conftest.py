@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from d2dcompile.kernels import native
+from d2dcompile.kernels import device, native
+
+
+@pytest.fixture(scope="session", autouse=True)
+def right_bf16() -> None:
+    """Triton's interpreter, where it is used, rounds bf16 as devices do."""
+    if device.interpreted():
+        from interpreter import use_right_bf16
+
+        use_right_bf16()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import d2dcompile as d2d
-from d2dcompile.backend import Dispatching
+from d2dcompile.calling import Dispatching
 from d2dcompile.errors import CalibrationError, CalibrationWarning
 
 from .case import Case

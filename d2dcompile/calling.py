@@ -1,0 +1,183 @@
+"""Call a compiled graph with the operands of the sites that it is called with the weights of.
+
+Dynamo does not guard on which parameters a graph is called with: the same graph serves other layers and
+other instances of a model. So each call looks every site's weights up. Inductor's freezing makes weights
+attributes of the graph, on whose identity Dynamo does guard.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attachment import lookup
+from .capture import Captured
+from .errors import DenseFallbackWarning, NoConversionError
+from .options import Options
+from .passes import Match
+from .rewriting import parameter_places
+from .state import State, meaning
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a compiled graph runs a converted site, whichever layer or model the weights come from.
+
+    Attributes:
+        places: which argument of the graph each of the site's weights is, by role.
+        kind, meaning: what a site has to compute to run here.
+        at_once: whether one kernel runs it or separate ops, which take other operands.
+        packs, int8: which copies of its weights a kernel may keep (see `Options`).
+    """
+
+    places: Mapping[str, int]
+    kind: str
+    meaning: str
+    at_once: bool
+    packs: bool
+    int8: bool
+
+    @classmethod
+    def of(cls, captured: Captured, found: Match, at_once: bool, options: Options) -> Slot:
+        """The slot of a converted match."""
+        places = parameter_places(captured, found)
+        computed = meaning(found.activation)
+        return cls(places, found.site.kind, computed, at_once, options.pack, options.int8)
+
+    def state(self, args: Sequence[Any]) -> State | None:
+        """The attached site that these arguments are the weights of, or None."""
+        weights = {role: args[place] for role, place in self.places.items()}
+        state = lookup(weights["down"])
+        if state is None or (state.site.kind, state.meaning) != (self.kind, self.meaning):
+            return None
+        return state if state.owns(weights) else None
+
+    def operands(self, state: State) -> tuple[Tensor, ...]:
+        """The graph's operands for an attached site."""
+        if self.at_once:
+            return (state.prepared(self.packs, self.int8).record,)
+        return state.operands()
+
+
+def operands_of(slots: Sequence[Slot], states: Sequence[State]) -> list[Tensor]:
+    """The operands of all slots, in the order that the compiled graph takes them."""
+    pairs = zip(slots, states, strict=True)
+    return [operand for slot, state in pairs for operand in slot.operands(state)]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """The result of one look-up, and what it rests on: each weight's identity, memory and version."""
+
+    weights: tuple[tuple[int, weakref.ref[Tensor], int, int | None], ...]
+    states: tuple[tuple[int, weakref.ref[State]], ...]
+    operands: Sequence[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        slots: Sequence[Slot],
+        found: Sequence[State],
+        args: Sequence[Any],
+        operands: Sequence[Tensor],
+    ) -> Looked:
+        """The look-up for a call with these arguments."""
+        distinct = {place: args[place] for slot in slots for place in slot.places.values()}
+        weights = tuple(
+            (place, weakref.ref(w), w.data_ptr(), None if w.is_inference() else w._version)
+            for place, w in distinct.items()
+        )
+        states = tuple(
+            (slot.places["down"], weakref.ref(state))
+            for slot, state in zip(slots, found, strict=True)
+        )
+        return cls(weights, states, operands)
+
+    def holds(self, args: Sequence[Any]) -> bool:
+        """Whether it is still true of a call with these arguments; about 0.15 us a weight."""
+        if torch.is_grad_enabled():
+            return False
+        for place, ref, address, version in self.weights:
+            weight = ref()
+            if weight is None or weight is not args[place] or weight.data_ptr() != address:
+                return False
+            if version is not None and weight._version != version:
+                return False
+        return all(lookup(args[place]) is ref() is not None for place, ref in self.states)
+
+
+class Dispatching:
+    """A compiled graph that finds its sites' operands by the weights it is called with.
+
+    Where a site has no conversion, the call is an error, or with strict=False runs the captured graph
+    dense.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        slots: Sequence[Slot],
+        compiled: Callable[..., Any],
+        options: Options,
+    ) -> None:
+        self._dense = captured.gm.forward
+        self._attributes = tuple(captured.tensors[node] for node in captured.attributes())
+        self._slots = slots
+        self._compiled = compiled
+        self._options = options
+        self._last: Looked | None = None
+        self._warned = False
+
+    def __call__(self, *args: Any) -> Any:
+        weights = args + self._attributes
+        if self._last is not None and self._last.holds(weights):
+            return self._compiled(*args, *self._last.operands)
+        states = self._look_up(weights)
+        if states is None:
+            return self._run_dense(args)
+        operands = operands_of(self._slots, states)
+        if not torch.is_grad_enabled():
+            self._last = Looked.of(self._slots, states, weights, operands)
+        return self._compiled(*args, *operands)
+
+    def _look_up(self, weights: Sequence[Any]) -> list[State] | None:
+        """The site that each slot's weights belong to; None if one has no conversion."""
+        found: list[State] = []
+        for slot in self._slots:
+            state = slot.state(weights)
+            if state is None:
+                return None
+            if not self._options.trainable:
+                state.check()
+            found.append(state)
+        return found
+
+    def names(self, args: Sequence[Any]) -> list[str]:
+        """The names of the sites that a call with these arguments runs."""
+        weights = (*args, *self._attributes)
+        found = (lookup(weights[slot.places["down"]]) for slot in self._slots)
+        return [state.site.name for state in found if state is not None]
+
+    def _run_dense(self, args: Sequence[Any]) -> Any:
+        """The captured graph as it was, for weights without a conversion; an error when strict."""
+        message = (
+            "A graph compiled for converted weights was called with weights that have no conversion: "
+            "another instance of the model, a swapped parameter, or after detach(). Call "
+            "d2dcompile.convert(model, batches) or load(folder).attach(model) for them"
+        )
+        if self._options.strict:
+            raise NoConversionError(
+                f'{message}, or pass options={{"strict": False}} to run such calls dense.'
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{message}. Running dense, uncompiled.", DenseFallbackWarning, stacklevel=3
+            )
+        return self._dense(*args)

@@ -1,0 +1,265 @@
+"""The generated Triton kernels against the ops' meanings in fp64: every strategy, dtype and edge.
+
+Without a GPU they run in Triton's interpreter, with bf16 mended (tests/interpreter.py). Memory that is not
+written is NaN, or an index far out of range. Tolerances are not picked: the error is held to twice that of
+the meaning in the same dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from blocks import masks
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from d2dcompile import testing
+from d2dcompile.kernels import device, native
+from d2dcompile.kernels.dispatch import dispatch
+from d2dcompile.kernels.dispatch import gpu as lists_gpu
+from d2dcompile.kernels.expert_mlp import expert_mlp, gpu
+from d2dcompile.kernels.expert_mlp.gpu import Call, Schedule, Spec, Tile
+from d2dcompile.kernels.gate import tau_bits
+from d2dcompile.kernels.route import gpu as route_gpu
+from d2dcompile.kernels.route import route
+
+pytestmark = pytest.mark.triton
+ON = "cuda" if torch.cuda.is_available() else "cpu"
+BOUNDED = settings(max_examples=12, deadline=None)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SPECS = {
+    "plain": Spec(40, 72, 5, 24, False, "gelu(up)"),
+    "gated": Spec(64, 48, 3, 16, True, "silu(gate) * up"),
+    "tiny experts": Spec(33, 33, 7, 5, True, "gelu(gate, approximate='tanh') * up"),
+    "one expert": Spec(16, 16, 1, 40, False, "relu(up) ** 2"),
+    "many experts": Spec(24, 20, 37, 8, False, "p0 * relu(up) + p1 * up"),
+}
+FEW, MANY = Tile(16, 16, 32, 4, 1), Tile(16, 32, 16, 4, 1)
+SCHEDULES = {
+    "decode": Schedule("decode", FEW, MANY, splits=3),
+    "pairs": Schedule("pairs", FEW, MANY),
+    "pairs, weights first": Schedule("pairs", FEW, MANY, swap=True),
+    "atomic": Schedule("atomic", FEW, MANY),
+    "dense": Schedule("dense", FEW, MANY),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Uninitialised memory is NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Operands:
+    """Random rows, slabs and lists of one call on the device that is tested."""
+
+    def __init__(self, spec: Spec, mask: Tensor, dtype: torch.dtype, bias: bool, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        hidden, rows = spec.experts * spec.size, len(mask)
+
+        def random(*shape: int) -> Tensor:
+            return (torch.randn(*shape, generator=draw) * shape[-1] ** -0.5).to(ON, dtype)
+
+        self.spec, self.mask = spec, mask
+        self.rows = random(rows, spec.d) * spec.d**0.5
+        self.weights: dict[str, Tensor | None] = {
+            "w_up": random(hidden, spec.d),
+            "w_gate": random(hidden, spec.d) if spec.gated else None,
+            "w_down": random(hidden, spec.out),
+            "b_up": random(hidden) if bias else None,
+            "b_gate": random(hidden) if bias and spec.gated else None,
+            "b_down": random(spec.out) if bias else None,
+        }
+        count = sum(f"p{i}" in spec.activation for i in range(2))
+        self.scalars = [torch.tensor(0.3 + i).to(ON, dtype) for i in range(count)]
+        tokens, offsets, slots = dispatch.meaning(mask.to(ON))
+        tokens[offsets[-1] :] = 1 << 30
+        slots[torch.arange(spec.experts + 1, device=ON)[None] > slots[:, :1]] = 1 << 30
+        self.lists = tokens, offsets, slots
+
+    def run(self, schedule: Schedule) -> Tensor:
+        y = self.rows.new_full((len(self.rows), self.spec.out), torch.nan)
+        if len(self.rows):
+            call = Call(self.spec, self.rows, self.lists, self.weights, self.scalars, y)
+            call.run(schedule)
+        return y
+
+    def meaning(self, dtype: torch.dtype) -> Tensor:
+        mask = self.mask
+        weights = [None if w is None else w.to(dtype) for w in self.weights.values()]
+        scalars = [s.to(dtype) for s in self.scalars]
+        rows = self.rows.to(dtype)
+        lists = dispatch.meaning(mask.to(ON))
+        return expert_mlp.meaning(rows, *lists, *weights, None, scalars, self.spec.activation)
+
+
+def assert_as_good(result: Tensor, operands: Operands) -> None:
+    exact, eager = operands.meaning(torch.float64), operands.meaning(result.dtype)
+    assert result.isfinite().all()
+    error, allowed = (testing.rms(y.double() - exact) for y in (result, eager))
+    # Few values by chance have no error in eager; half a unit in the last place is always allowed.
+    floor = torch.finfo(result.dtype).eps / 2 * testing.rms(exact)
+    assert error <= max(2 * allowed, floor), (error, allowed)
+
+
+shares = st.sampled_from(["none", "all", "one expert", 0.1, 0.5])
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("way", SCHEDULES)
+@BOUNDED
+@given(
+    st.integers(0, 37), shares, st.sampled_from(sorted(DTYPES)), st.booleans(), st.integers(0, 9)
+)
+@example(0, "all", "fp32", True, 0)
+@example(1, 0.5, "bf16", True, 0)
+@example(17, "none", "fp16", True, 0)
+@example(33, "all", "fp32", False, 0)
+def test_equals_the_meaning(name, way, rows, share, dtype, bias, seed) -> None:
+    spec, schedule = SPECS[name], SCHEDULES[way]
+    if way == "dense":
+        share = "all"
+    if way == "decode" and rows == 1:
+        schedule = replace(schedule, up=replace(FEW, block_n=8), down=replace(MANY, block_m=1))
+    elif way == "decode":
+        schedule = replace(schedule, up=replace(FEW, block_m=64), down=replace(MANY, block_m=64))
+    operands = Operands(spec, masks(rows, spec.experts, share, seed), DTYPES[dtype], bias, seed)
+    result = operands.run(schedule)
+    if rows:
+        assert_as_good(result, operands)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 130])
+@pytest.mark.parametrize("name", ["plain", "gated"])
+def test_the_default_schedule_is_right(name, rows) -> None:
+    spec = SPECS[name]
+    operands = Operands(spec, masks(rows, spec.experts, 0.3, 0), torch.float32, True, 0)
+    assert_as_good(operands.run(gpu.default(spec, rows, 4)), operands)
+
+
+@pytest.mark.parametrize("strategy", ["pairs", "atomic"])
+def test_weights_through_descriptors(strategy) -> None:
+    """The rows of a descriptor's tiles have to start at multiples of 16 bytes."""
+    spec = Spec(64, 48, 3, 16, True, "silu(gate) * up")
+    operands = Operands(spec, masks(20, 3, 0.5, 0), torch.float32, True, 0)
+    schedule = replace(SCHEDULES["pairs"], strategy=strategy, tma=True)
+    assert_as_good(operands.run(schedule), operands)
+
+
+def test_columns_are_worked_off_in_chunks(monkeypatch) -> None:
+    """A small limit of memory: three chunks, the last one narrower."""
+    monkeypatch.setattr(gpu, "ROWS_BYTES", 20 * 5 * 32 * 4)
+    spec = SPECS["plain"]
+    assert gpu.chunk_of(spec, 20, 32, 4) == 32
+    operands = Operands(spec, masks(20, 5, 0.5, 0), torch.float32, True, 0)
+    assert_as_good(operands.run(SCHEDULES["pairs"]), operands)
+
+
+@pytest.mark.parametrize("way", ["decode", "pairs", "pairs, weights first"])
+def test_bits_do_not_depend_on_the_order_of_programs(way) -> None:
+    if ON == "cuda":
+        pytest.skip("a device chooses the order itself")
+    from interpreter import shuffled
+
+    spec = SPECS["gated"]
+    operands = Operands(spec, masks(16, 3, 0.5, 0), torch.float32, True, 0)
+    first = operands.run(SCHEDULES[way])
+    for seed in range(3):
+        with shuffled(seed):
+            assert torch.equal(operands.run(SCHEDULES[way]), first)
+
+
+@pytest.mark.parametrize("experts, size", [(4, 8), (37, 3)])
+@BOUNDED
+@given(st.integers(0, 90), st.sampled_from(sorted(DTYPES)), st.floats(0, 1), st.integers(0, 9))
+@example(0, "fp32", 0.5, 0)
+@example(1, "bf16", 0.5, 0)
+@example(64, "fp32", 0.0, 0)
+@example(90, "fp32", 1.0, 0)
+def test_routing_lists_what_the_gate_chooses(experts, size, rows, dtype, tau, seed) -> None:
+    """Lists are those of a mask, and that mask is the gate's but for scores within rounding of the limit."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 40, generator=draw).to(ON, DTYPES[dtype])
+    w1 = (torch.randn(12, 40, generator=draw) / 40**0.5).to(ON, DTYPES[dtype])
+    w2 = (torch.randn(experts, 12, generator=draw) / 12**0.5).to(ON, DTYPES[dtype])
+    found = route_gpu.run(x, w1, w2, tau_bits(tau, ON))
+    mask = mask_of(found, rows, experts)
+    assert_lists(found, mask)
+    hidden = (x.double() @ w1.double().t()).relu()
+    scores = (hidden @ w2.double().t()).abs()
+    limit = tau * scores.amax(1, keepdim=True) if rows else scores
+    sure = (scores - limit).abs() > 4 * torch.finfo(x.dtype).eps * scores.amax() if rows else mask
+    assert torch.equal(mask[sure], (scores >= limit)[sure])
+    assert mask.any(1).all()
+
+
+def mask_of(lists: tuple[Tensor, Tensor, Tensor], rows: int, experts: int) -> Tensor:
+    tokens, offsets, _ = lists
+    mask = torch.zeros(rows, experts, dtype=torch.bool, device=tokens.device)
+    chosen = torch.arange(experts, device=tokens.device).repeat_interleave(offsets.diff())
+    mask[tokens[: offsets[-1]].long(), chosen] = True
+    return mask
+
+
+def assert_lists(found: tuple[Tensor, Tensor, Tensor], mask: Tensor) -> None:
+    tokens, offsets, slots = dispatch.meaning(mask)
+    assert torch.equal(found[1], offsets)
+    assert torch.equal(found[0][: offsets[-1]], tokens[: offsets[-1]])
+    used = torch.arange(mask.shape[1] + 1, device=mask.device)[None] <= slots[:, :1]
+    assert torch.equal(found[2][used], slots[used])
+
+
+@pytest.mark.parametrize("experts", [1, 5, 130])
+@BOUNDED
+@given(st.integers(0, 150), shares, st.integers(0, 9))
+@example(150, "all", 0)
+def test_lists_of_a_given_mask(experts, rows, share, seed) -> None:
+    mask = masks(rows, experts, share, seed).to(ON)
+    assert_lists(lists_gpu.run(mask), mask)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [3, 100])
+def test_strange_scores_lean_to_dense(value, rows) -> None:
+    """A token with NaN runs everything, as the gate says; an infinite one what the gate chooses."""
+    x, w1 = torch.randn(rows, 16, device=ON), torch.eye(16, device=ON)
+    w2 = torch.eye(16, device=ON)[:8].contiguous()
+    x[1, 2] = value
+    lists = route_gpu.run(x, w1, w2, tau_bits(0.5, ON))
+    expected = route.meaning(x, w1, w2, tau_bits(0.5, ON))
+    assert torch.equal(mask_of(lists, rows, 8)[1], mask_of(expected, rows, 8)[1])
+
+
+def test_an_op_runs_in_the_interpreter_on_request(monkeypatch) -> None:
+    monkeypatch.setenv("D2D_IMPL", "expert_mlp:interpreter,route:interpreter")
+    if ON == "cuda":
+        monkeypatch.setenv("D2D_IMPL", "expert_mlp:gpu,route:gpu")
+    spec = SPECS["gated"]
+    operands = Operands(spec, masks(6, 3, 0.5, 0), torch.float32, True, 0)
+    x, given_ = operands.rows.view(2, 3, -1), operands.weights.values()
+    y = expert_mlp(x, *operands.lists, *given_, None, [], spec.activation)
+    assert y.shape == (2, 3, spec.out)
+    assert_as_good(y.view(6, -1), operands)
+    w1, w2 = torch.randn(8, spec.d, device=ON), torch.randn(3, 8, device=ON)
+    found = route(x, w1, w2, tau_bits(0.2, ON))
+    assert_lists(found, mask_of(found, 6, 3))
+
+
+def test_what_has_no_spelling_is_refused() -> None:
+    spec = SPECS["plain"]
+    operands = Operands(spec, masks(6, 5, 0.5, 0), torch.float32, True, 0)
+    given_ = (operands.rows, *operands.lists, *operands.weights.values(), None, [])
+    assert gpu.accepts(*given_, "gelu(up)")
+    assert not gpu.accepts(*given_, "up * noise + relu(up)")
+    assert not gpu.accepts(operands.rows.double(), *given_[1:], "gelu(up)")
+
+
+def test_source_is_the_same_every_time_and_imports_by_itself() -> None:
+    assert gpu.source(SPECS["gated"]) == gpu.source(SPECS["gated"])
+    assert "silu" in gpu.source(SPECS["gated"]) and "silu" not in gpu.source(SPECS["plain"])
+    assert device.padded(5) == 16 and device.padded(17) == 32 and native.SLABS[0] == "w_up"
