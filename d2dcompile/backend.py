@@ -60,10 +60,10 @@ def backend(
         _warn_of_unmatched(captured, states.values(), misses)
         if not converted:
             return _inner(gm, example_inputs, chosen, mode)
-        at_once = lower(converted, states, chosen.pack, chosen.int8, chosen.inner == "inductor")
-        rewritten = rewrite_captured(captured, converted, at_once)
+        forms = lower(converted, states, chosen.pack, chosen.int8, chosen.inner == "inductor")
+        rewritten = rewrite_captured(captured, converted, forms)
         dump("rewritten", rewritten.gm)
-        slots = [Slot.of(captured, m, m.site.name in at_once, chosen) for m in converted]
+        slots = [Slot.of(captured, m, forms[m.site.name], chosen) for m in converted]
         extra = operands_of(slots, [states[m.site.name] for m in converted])
         inputs = [*example_inputs, *map(_of_fixed_shape, extra)]
         compiled = _inner(rewritten.gm, inputs, chosen, mode)

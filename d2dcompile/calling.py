@@ -21,6 +21,7 @@ from .capture import Captured
 from .errors import DenseFallbackWarning, NoConversionError
 from .options import Options
 from .passes import Match
+from .passes.insert_moe import Form
 from .rewriting import parameter_places
 from .state import State, meaning
 
@@ -32,23 +33,23 @@ class Slot:
     Attributes:
         places: which argument of the graph each of the site's weights is, by role.
         kind, meaning: what a site has to compute to run here.
-        at_once: whether one kernel runs it or separate ops, which take other operands.
+        form: whether one kernel runs it or several ops, which take other operands.
         packs, int8: which copies of its weights a kernel may keep (see `Options`).
     """
 
     places: Mapping[str, int]
     kind: str
     meaning: str
-    at_once: bool
+    form: Form
     packs: bool
     int8: bool
 
     @classmethod
-    def of(cls, captured: Captured, found: Match, at_once: bool, options: Options) -> Slot:
+    def of(cls, captured: Captured, found: Match, form: Form, options: Options) -> Slot:
         """The slot of a converted match."""
         places = parameter_places(captured, found)
         computed = meaning(found.activation)
-        return cls(places, found.site.kind, computed, at_once, options.pack, options.int8)
+        return cls(places, found.site.kind, computed, form, options.pack, options.int8)
 
     def state(self, args: Sequence[Any]) -> State | None:
         """The attached site that these arguments are the weights of, or None."""
@@ -60,7 +61,7 @@ class Slot:
 
     def operands(self, state: State) -> tuple[Tensor, ...]:
         """The graph's operands for an attached site."""
-        if self.at_once:
+        if self.form == "record":
             return (state.prepared(self.packs, self.int8).record,)
         return state.operands()
 

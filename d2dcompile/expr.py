@@ -257,13 +257,15 @@ def vjp(
     names = tuple(sorted(values))
     operands = [values[name] for name in names]
     hidden = function(text)(values)
-    key = tuple((v.dtype, v.dim()) for v in operands)
+    key = tuple((v.dtype, v.dim(), v.device) for v in operands)
     slopes = _slopes(text, names, key)(*operands, upstream(hidden))
     return hidden, dict(zip(names, slopes, strict=True))
 
 
 @lru_cache(maxsize=256)
-def _slopes(text: str, names: tuple[str, ...], key: tuple[tuple[torch.dtype, int], ...]) -> Any:
+def _slopes(
+    text: str, names: tuple[str, ...], key: tuple[tuple[torch.dtype, int, torch.device], ...]
+) -> Any:
     """Explicit tensor code for (*variables, grad of value) -> grads of the variables.
 
     Traced in a thread of its own: dispatch state and modes of a running op are per thread.
@@ -281,7 +283,9 @@ def _slopes(text: str, names: tuple[str, ...], key: tuple[tuple[torch.dtype, int
 
     def trace() -> Any:
         shapes = {2: (3, 5), 1: (1,), 0: ()}
-        samples = [torch.full(shapes[dim], 0.5, dtype=dtype) for dtype, dim in key]
+        samples = [
+            torch.full(shapes[dim], 0.5, dtype=dtype, device=device) for dtype, dim, device in key
+        ]
         value = function(text)(dict(zip(names, samples, strict=True)))
         return make_fx(gradient, tracing_mode="symbolic")(*samples, torch.ones_like(value))
 

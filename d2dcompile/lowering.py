@@ -1,4 +1,4 @@
-"""lower: which converted sites of a graph run as one generated kernel, and which as separate ops."""
+"""lower: which generated kernels run a graph's converted sites: one on a CPU, two ops on a GPU, or none."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .kernels import build, native
+from .kernels.device import has_triton
 from .kernels.dynamic_mlp import cpu
 from .passes import Match
-from .passes.insert_moe import operand_names
+from .passes.insert_moe import Form, operand_names
 from .passes.names import dtype_of
 from .state import State
 
@@ -23,16 +24,20 @@ def lower(
     packs: bool,
     int8: bool,
     inductor: bool,
-) -> frozenset[str]:
-    """Names of the sites that become one call of dynamic_mlp, their kernels built in parallel.
+) -> dict[str, Form]:
+    """What stands for each site in the rewritten graph, by name; kernels for CPUs are built in parallel.
 
     matches: converted matches of one graph, with their attached states by site name. packs: whether
     kernels may keep a copy of the weights; int8: whether one token runs on an int8 copy. inductor:
     whether Inductor compiles the graph.
     """
+    forms: dict[str, Form] = {found.site.name: "ops" for found in matches}
     chosen: dict[str, State] = {}
     for found in matches:
         state = states[found.site.name]
+        if has_triton() and state.weight("down").device.type == "cuda":
+            forms[found.site.name] = "routed"
+            continue
         reason = _unsuited(found, state) or _no_kernel(state)
         if reason is None:
             chosen[found.site.name] = state
@@ -42,10 +47,12 @@ def lower(
     blocks = {name: state.prepared(packs, int8) for name, state in chosen.items()}
     for state in chosen.values():
         state.steer()
-    ready = frozenset(name for name, block in blocks.items() if int(block.record[0]))
-    if ready and inductor:
+    for name, block in blocks.items():
+        if int(block.record[0]):
+            forms[name] = "record"
+    if inductor and "record" in forms.values():
         cpu.lower()
-    return ready
+    return forms
 
 
 def running(state: State) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .capture import Body, Captured, from_graph_module
 from .errors import ConversionMismatchError, NoConversionError
 from .ir import Conversion, Experts, Miss
 from .passes import Match, match_all, rules
-from .passes.insert_moe import Inserted, insert_moe, operand_names
+from .passes.insert_moe import Form, Inserted, insert_moe, operand_names
 from .passes.verify import verify
 from .state import State, meaning
 
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 def match(captured: Captured) -> tuple[list[Match], list[Miss]]:
     """The sites of a graph in execution order, and one miss for each linear outside of them."""
     return match_all(captured, *rules())
+
+
+NO_FORMS: Mapping[str, Form] = {}
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,20 @@ class Rewritten:
 
 
 def rewrite_captured(
-    captured: Captured, matches: Sequence[Match], at_once: Container[str] = ()
+    captured: Captured, matches: Sequence[Match], forms: Mapping[str, Form] = NO_FORMS
 ) -> Rewritten:
     """Replace the given matches in a copy of the graph, operands as placeholders after all others.
 
-    at_once: names of the sites that become one call of dynamic_mlp.
+    forms: what stands for each site, by name; separate ops where it is not said.
     """
 
     def placeholders(gm: GraphModule, index: int, found: Match) -> dict[str, Node]:
         operands: dict[str, Node] = {}
-        for name in operand_names(found.site, found.site.name in at_once):
+        for name in operand_names(found.site, forms.get(found.site.name, "ops")):
             operands[name] = add_placeholder(gm.graph, f"d2d_{index}_{name}")
         return operands
 
-    gm, inserted = _replaced(captured, matches, placeholders)
+    gm, inserted = _replaced(captured, matches, placeholders, forms)
     verify(gm, len(matches))
     return Rewritten(gm, tuple(matches), tuple(inserted[id(found)] for found in matches))
 
@@ -67,6 +70,7 @@ def _replaced(
     captured: Captured,
     matches: Sequence[Match],
     operands_of: Callable[[GraphModule, int, Match], dict[str, Node]],
+    forms: Mapping[str, Form] = NO_FORMS,
 ) -> tuple[GraphModule, dict[int, Inserted]]:
     """A copy of the graph with matches replaced, also in its bodies; what was inserted by match.
 
@@ -80,7 +84,8 @@ def _replaced(
         for body in _path(captured, found):
             operands = _passed(body, copies, operands)
         own, where = copies[id(found.captured)]
-        inserted[id(found)] = insert_moe(own.graph, found, operands, where.__getitem__)
+        form = forms.get(found.site.name, "ops")
+        inserted[id(found)] = insert_moe(own.graph, found, operands, where.__getitem__, form)
     for copied, _ in copies.values():
         copied.recompile()
     return gm, inserted

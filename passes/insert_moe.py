@@ -3,7 +3,8 @@
     scores = |relu(x router1^T) router2^T|     mask = gate(scores, tau)
     lists = dispatch(mask)                     y = expert_mlp(x, *lists, slabs, biases, f)
 
-or, where a kernel runs all of it at once, y = dynamic_mlp(x, record). The only pass that edits a graph.
+or with the first line as one op, lists = route(x, router1, router2, tau), which GPU kernels run at once,
+or all of it as one, y = dynamic_mlp(x, record), on CPUs. The only pass that edits a graph.
 Operands (slabs, router, tau, or the record of them) are nodes made by the caller: trailing placeholders
 for the backend, attributes for programmatic rewriting.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import add, getitem
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,28 +27,32 @@ from ..kernels.dynamic_mlp import dynamic_mlp
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 from ..kernels.native import SLABS
+from ..kernels.route import route
 from .base import Match
 from .halves import SPLITS
 from .linear import Linear
 from .names import CASTS, SHAPE_ONLY, VIEWS, argument, dtype_of, op_name
+
+Form = Literal["ops", "routed", "record"]
+"""What stands for a site: router, gate, dispatch and experts; route and experts; or one op with a record."""
 
 _SHAPE_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "Size")
 
 
 @dataclass(frozen=True)
 class Inserted:
-    """The nodes of one inserted mixture of experts: output, and offsets of dispatch where it has some."""
+    """The nodes of one inserted mixture of experts: output, and offsets of its lists where it has some."""
 
     output: Node
     offsets: Node | None = None
 
 
-def operand_names(site: Site, at_once: bool = False) -> tuple[str, ...]:
+def operand_names(site: Site, form: Form = "ops") -> tuple[str, ...]:
     """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs.
 
-    at_once: whether one call of dynamic_mlp stands for all nodes; it takes a record only.
+    The form "record" takes a record only.
     """
-    if at_once:
+    if form == "record":
         return ("record",)
     present = {"w_up", "w_down"}
     if site.kind == "glu":
@@ -61,23 +66,26 @@ def operand_names(site: Site, at_once: bool = False) -> tuple[str, ...]:
 
 
 def insert_moe(
-    graph: Graph, match: Match, operands: Mapping[str, Node], at: Callable[[Node], Node]
+    graph: Graph,
+    match: Match,
+    operands: Mapping[str, Node],
+    at: Callable[[Node], Node],
+    form: Form = "ops",
 ) -> Inserted:
     """Insert the nodes of one converted site and erase the dense block they replace.
 
     graph is a copy of the matched graph and `at` maps the match's nodes to that copy. The block's last
     node becomes the expert_mlp call, so that it stays the input of whatever is matched after it.
-    Whoever reads the shape of a hidden value reads it from a stand-in without memory. With the operand
-    "record" that call is dynamic_mlp's.
+    Whoever reads the shape of a hidden value reads it from a stand-in without memory.
     """
     root = at(match.root)
     with graph.inserting_before(root):
         x, slabs = _inputs(graph, match, at(match.x), operands)
     offsets, stand_ins = None, _StandIns(graph, match, at)
-    if "record" in operands:
+    if form == "record":
         call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out))
     else:
-        offsets, args = _experts(graph, match, at, x, slabs)
+        offsets, args = _experts(graph, match, at, x, slabs, form)
         call = (expert_mlp.overload, args)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
     output = _output(graph, match, root, call, rows)
@@ -91,18 +99,27 @@ def insert_moe(
 
 
 def _experts(
-    graph: Graph, match: Match, at: Callable[[Node], Node], x: Node, slabs: Mapping[str, Node]
+    graph: Graph,
+    match: Match,
+    at: Callable[[Node], Node],
+    x: Node,
+    slabs: Mapping[str, Node],
+    form: Form,
 ) -> tuple[Node, tuple[Any, ...]]:
-    """Router, gate and dispatch before the block's last node: offsets, and expert_mlp's arguments."""
+    """Routing before the block's last node: offsets, and expert_mlp's arguments."""
     with graph.inserting_before(at(match.root)):
-        hidden = graph.call_function(
-            F.relu, (graph.call_function(F.linear, (x, slabs["router1"])),)
-        )
-        scores = graph.call_function(
-            torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
-        )
-        mask = graph.call_function(gate.overload, (scores, slabs["tau"]))
-        lists = graph.call_function(dispatch.overload, (mask,))
+        if form == "routed":
+            router = (slabs["router1"], slabs["router2"], slabs["tau"])
+            lists = graph.call_function(route.overload, (x, *router))
+        else:
+            hidden = graph.call_function(
+                F.relu, (graph.call_function(F.linear, (x, slabs["router1"])),)
+            )
+            scores = graph.call_function(
+                torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
+            )
+            mask = graph.call_function(gate.overload, (scores, slabs["tau"]))
+            lists = graph.call_function(dispatch.overload, (mask,))
         parts = [graph.call_function(getitem, (lists, i)) for i in range(3)]
     noise = _noise(graph, match, at) if match.noise is not None else None
     scalars = [at(node) for node in match.scalars]

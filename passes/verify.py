@@ -1,6 +1,6 @@
 """The invariants that a rewritten graph keeps, checked after every rewrite.
 
-Each inserted expert_mlp reads the offsets and tokens of one dispatch, whose mask comes from one gate,
+Each inserted expert_mlp reads the lists of one route, or of one dispatch, whose mask comes from one gate,
 whose scores are never negative (they come from abs); a dynamic_mlp reads a record of its own; nothing
 reads a value before it is computed.
 """
@@ -19,6 +19,7 @@ from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
+from ..kernels.route import route
 
 
 def verify(gm: GraphModule, expected: int) -> None:
@@ -45,9 +46,11 @@ def verify(gm: GraphModule, expected: int) -> None:
             lists is not _from(part, getitem) or part.args[1] != i for i, part in enumerate(parts)
         ):
             raise VerifyError(f"{block.name} reads lists of different dispatches.")
+        if getattr(lists, "target", None) is route.overload:
+            continue
         scores = _from(_from(_from(lists, dispatch.overload), gate.overload), torch.abs)
         if scores is None:
-            raise VerifyError(f"{block.name} is not fed by abs -> gate -> dispatch.")
+            raise VerifyError(f"{block.name} is not fed by abs -> gate -> dispatch, or by route.")
 
 
 def _graphs(gm: GraphModule) -> Iterator[Graph]:

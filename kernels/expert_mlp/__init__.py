@@ -128,3 +128,4 @@ def _(
 from . import cpu as cpu  # noqa: E402  (registers the C++ implementation of the op above)
 from . import gpu as gpu  # noqa: E402  (registers the Triton one)
 from . import gradient as gradient  # noqa: E402  (registers its gradient)
+from . import grouped as grouped  # noqa: E402  (registers the gradient's grouped products)

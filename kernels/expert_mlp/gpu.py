@@ -93,11 +93,17 @@ def source(spec: Spec) -> str:
 
 def _functions(text: str) -> str:
     """Triton functions of an activation text: `activation`, which loads its scalars, and what it calls."""
-    count = 1 + max((int(name[1:]) for name in parse(text).variables() if name[0] == "p"), default=-1)
+    count = 1 + max(
+        (int(name[1:]) for name in parse(text).variables() if name[0] == "p"), default=-1
+    )
     loads = "".join(f"tl.load(p_ptr + {i}), " for i in range(count))
-    wrapper = f"@triton.jit\ndef activation(up, gate, p_ptr):\n    return value(up, gate, ({loads}))"
+    wrapper = (
+        f"@triton.jit\ndef activation(up, gate, p_ptr):\n    return value(up, gate, ({loads}))"
+    )
     value = emit.activation_source(text, "value", "triton")
-    return "\n\n\n".join(part for part in (emit.library_source(text).strip(), value, wrapper) if part)
+    return "\n\n\n".join(
+        part for part in (emit.library_source(text).strip(), value, wrapper) if part
+    )
 
 
 @lru_cache(maxsize=256)
@@ -263,6 +269,17 @@ class Call:
                 products, self.slots, self.b_down, self.y, column,
                 CHUNK=chunk, BLOCK_N=block, BLOCK_J=4, num_warps=4,
             )  # fmt: skip
+
+    def summed(self, products: Tensor) -> Tensor:
+        """The sum of its pairs' rows for each token, [T, C] of rows [N, C], C as wide as x."""
+        width = products.shape[1]
+        total = products.new_empty(len(self.rows), width)
+        if len(total):
+            block = min(padded(width), MOST_COLUMNS)
+            self.kernels.sum_pairs[(len(total), -(-width // block))](
+                products, self.slots, total, WIDTH=width, BLOCK_N=block, BLOCK_J=4, num_warps=4
+            )
+        return total
 
     def _atomic(self, schedule: Schedule) -> None:
         hidden, spec = self._up(schedule), self.spec

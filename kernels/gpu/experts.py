@@ -192,6 +192,44 @@ def down(
 
 
 @triton.jit
+def sum_of(
+    rows_ptr, slots_ptr, token, width, offs_n, inside, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """The sum of a token's rows [pairs, width] in the columns offs_n, BLOCK_J at a time in expert order."""
+    slots = slots_ptr + token * (E + 1)
+    chosen = tl.load(slots)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for j in range(0, chosen, BLOCK_J):
+        offs_j = j + tl.arange(0, BLOCK_J)
+        own = offs_j < chosen
+        pair = tl.load(slots + 1 + offs_j, mask=own, other=0)
+        rows = tl.load(
+            rows_ptr + pair.to(tl.int64)[:, None] * width + offs_n[None, :],
+            mask=own[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(rows.to(tl.float32), 0)
+    return total
+
+
+@triton.jit
+def sum_pairs(
+    rows_ptr,  # [pairs, WIDTH]
+    slots_ptr,
+    total_ptr,  # [T, WIDTH]
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """total[t] = sum of its pairs' rows."""
+    token = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = offs_n < WIDTH
+    total = sum_of(rows_ptr, slots_ptr, token, WIDTH, offs_n, inside, BLOCK_N, BLOCK_J)
+    tl.store(total_ptr + token * WIDTH + offs_n, total.to(total_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def combine(
     rows_ptr,  # [pairs, CHUNK]
     slots_ptr,  # [T, E + 1]
@@ -206,19 +244,7 @@ def combine(
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (offs_n < CHUNK) & (column + offs_n < OUT)
-    slots = slots_ptr + token * (E + 1)
-    chosen = tl.load(slots)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for j in range(0, chosen, BLOCK_J):
-        offs_j = j + tl.arange(0, BLOCK_J)
-        own = offs_j < chosen
-        pair = tl.load(slots + 1 + offs_j, mask=own, other=0)
-        rows = tl.load(
-            rows_ptr + pair.to(tl.int64)[:, None] * CHUNK + offs_n[None, :],
-            mask=own[:, None] & inside[None, :],
-            other=0.0,
-        )
-        total += tl.sum(rows.to(tl.float32), 0)
+    total = sum_of(rows_ptr, slots_ptr, token, CHUNK, offs_n, inside, BLOCK_N, BLOCK_J)
     if b_down_ptr is not None:
         total += tl.load(b_down_ptr + column + offs_n, mask=inside, other=0.0).to(tl.float32)
     out = y_ptr + token * OUT + column + offs_n

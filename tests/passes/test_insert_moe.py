@@ -9,11 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2dcompile import rewriting
 from d2dcompile.capture import from_graph_module, inline_modules, parameter_names
+from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.expert_mlp import expert_mlp
+from d2dcompile.kernels.route import route
+from d2dcompile.passes.verify import verify
 
 D, H = 8, 16
 
@@ -288,3 +292,24 @@ def test_two_calls_make_two_mixtures_with_shared_operands(trace, convert_by_hand
     gm = rewriting.rewrite(traced.gm, convert_by_hand(traced))
     blocks = [node for node in gm.graph.nodes if node.target is expert_mlp.overload]
     assert blocks[0].args[4].target == blocks[1].args[4].target == "d2d_up_w_up"
+
+
+def test_the_routed_form_computes_what_separate_ops_compute(trace, convert_by_hand) -> None:
+    """One op from tokens to lists in place of six nodes, the same bits; on a GPU that is not here too."""
+    traced = trace(nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)), torch.randn(2, 5, D))
+    matches = traced.matches()
+    state = rewriting.state_of(matches[0], convert_by_hand(traced))
+    forms = {matches[0].site.name: "routed"}
+    plain = rewriting.rewrite_captured(traced.captured, matches).gm
+    routed = rewriting.rewrite_captured(traced.captured, matches, forms).gm
+    verify(routed, 1)
+    assert [n for n in routed.graph.nodes if n.target is route.overload]
+    assert not [n for n in routed.graph.nodes if n.target is dispatch.overload]
+    arguments = [*traced.args, *state.operands()]
+    with torch.no_grad():
+        expected = plain(*arguments)[0]
+        assert torch.equal(routed(*arguments)[0], expected)
+    with FakeTensorMode(), torch.no_grad():
+        moved = [torch.empty(a.shape, dtype=a.dtype, device="cuda") for a in arguments]
+        y = routed(*moved)[0]
+    assert y.device.type == "cuda" and y.shape == expected.shape
