@@ -20,9 +20,9 @@ from torch import Tensor
 class Operator:
     """One elementwise operator: its torch function, its parameters in order, and its defaults.
 
-    cpp: its spelling in generated C++, a function of kernels/cpu/vec.h that takes operands and then
-    parameters, or an expression with {} for each operand; {name} in either is a parameter that is a
-    text. "" if it has none.
+    spelling: how generated code says it, in C++ and in Triton: a function of kernels/cpu/vec.h and of
+    kernels/gpu/math.py that takes operands and then parameters, or an expression with {} for each
+    operand; {name} in either is a parameter that is a text. "" if it has none.
     """
 
     call: Callable[..., Tensor]
@@ -30,13 +30,17 @@ class Operator:
     params: tuple[str, ...] = ()
     defaults: tuple[Any, ...] = ()
     nonlinear: bool = True
-    cpp: str = ""
+    spelling: str = ""
 
 
 def _op(
-    call: Callable[..., Tensor], cpp: str, tensors: int = 1, linear: bool = False, **params: Any
+    call: Callable[..., Tensor],
+    spelling: str,
+    tensors: int = 1,
+    linear: bool = False,
+    **params: Any,
 ) -> Operator:
-    return Operator(call, tensors, tuple(params), tuple(params.values()), not linear, cpp)
+    return Operator(call, tensors, tuple(params), tuple(params.values()), not linear, spelling)
 
 
 def _cast(x: Tensor, dtype: str) -> Tensor:

