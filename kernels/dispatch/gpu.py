@@ -19,7 +19,7 @@ WARPS = 8
 
 def module(d: int, router: int, experts: int, precision: str) -> ModuleType:
     """The generated kernels of a router and its lists."""
-    constants = {
+    constants: dict[str, bool | int | str] = {
         "D": d, "R": router, "R_PADDED": padded(router), "E": experts,
         "E_PADDED": padded(experts), "PRECISION": precision,
     }  # fmt: skip

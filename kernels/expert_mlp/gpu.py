@@ -82,7 +82,7 @@ class Spec:
 
 def source(spec: Spec) -> str:
     """The source of a block's kernels. Raises KernelError for an activation without Triton spelling."""
-    constants = {
+    constants: dict[str, bool | int | str] = {
         "D": spec.d, "D_PADDED": padded(spec.d), "OUT": spec.out, "E": spec.experts,
         "E_PADDED": padded(spec.experts), "F": spec.size, "GATED": spec.gated,
         "PRECISION": spec.precision,
