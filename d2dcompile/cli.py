@@ -126,7 +126,7 @@ def _threads(given: argparse.Namespace) -> None:
 
 
 def _tune(given: argparse.Namespace) -> int:
-    path = schedules.folder() / schedules.NAME
+    path = schedules.STORE.path
     if given.target in ("show", "export", "import"):
         return _move(given, path)
     _threads(given)
@@ -139,15 +139,15 @@ def _tune(given: argparse.Namespace) -> int:
 def _move(given: argparse.Namespace, path: Path) -> int:
     """Show the user's schedules, write them to a file, or take over those of a file."""
     if given.target == "show":
-        _print_entries(list(schedules.read(path).values()), given.json)
+        _print_entries(list(schedules.STORE.read(path).values()), given.json)
         return 0
     if given.file is None:
         raise TuningError(f"`tune {given.target}` needs the name of a file.")
     source, target = (path, given.file) if given.target == "export" else (given.file, path)
     if not source.exists():
         raise TuningError(f"{source} does not exist; expected a file of schedules.")
-    held = schedules.read(source)
-    schedules.add(held.values(), target)
+    held = schedules.STORE.read(source)
+    schedules.STORE.add(held.values(), target)
     print(f"{len(held)} schedules from {source} to {target}", file=sys.stderr)
     return 0
 

@@ -1,36 +1,26 @@
 """Measured schedules of kernels: a JSON file per user, read when a block is prepared, written by `tune`.
 
 An entry belongs to one kind of block (native.Spec) on one processor with one number of threads, made by
-one version of the kernels' text; anything else takes the closed-form default. Writes are locked and
-atomic, so tuning runs may overlap. D2D_CACHE names another folder.
+one version of the kernels' text; anything else takes the closed-form default.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
-import threading
-import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
-from .errors import DenseFallbackWarning, TuningError
 from .ir import Schedule
 from .kernels import build, native
 from .kernels.native import Spec
+from .store import Store
 
-FORMAT = 1
-NAME = "schedules.json"
 MOST_ROWS = 1 << 40
-_LOCK = threading.Lock()  # filelock's locks are reentrant within a process
 
 
 @dataclass(frozen=True)
@@ -61,14 +51,6 @@ class Entry:
         return key(self.spec, self.device, self.threads, self.kernels)
 
 
-def folder() -> Path:
-    """Where measured schedules are kept: $D2D_CACHE, or d2dcompile in the user's cache folder."""
-    given = os.environ.get("D2D_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d2dcompile"
-
-
 @lru_cache(maxsize=1)
 def device() -> str:
     """This processor as schedules are keyed by: its model's name and instruction sets."""
@@ -93,66 +75,8 @@ def key(spec: Spec, device: str, threads: int, kernels: str) -> str:
 
 def lookup(spec: Spec) -> Schedule:
     """The measured schedule of a kind of block on this machine, or the default one."""
-    found = _held(folder() / NAME).get(
-        key(spec, device(), torch.get_num_threads(), kernels_version())
-    )
+    found = STORE.get(key(spec, device(), torch.get_num_threads(), kernels_version()))
     return Schedule() if found is None else found.schedule
-
-
-def read(path: Path) -> dict[str, Entry]:
-    """All entries of a file by key; none if it does not exist. Raises TuningError if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
-            raise TuningError(f"{path} has format {document['format']!r}; expected {FORMAT}.")
-        entries = [_entry(item) for item in document["entries"]]
-    except TuningError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise TuningError(
-            f"{path} does not hold schedules as `d2dcompile tune` writes them "
-            f"({type(error).__name__}: {error}). Delete it and tune again."
-        ) from None
-    return {entry.key: entry for entry in entries}
-
-
-def add(entries: Iterable[Entry], path: Path | None = None) -> Path:
-    """Put entries into a file, in place of older ones of the same key; returns its path."""
-    path = path or folder() / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _LOCK, FileLock(f"{path}.lock"):
-        held = read(path) | {entry.key: entry for entry in entries}
-        document = {"format": FORMAT, "entries": [asdict(held[name]) for name in sorted(held)]}
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    _read_once.cache_clear()
-    return path
-
-
-def _held(path: Path) -> Mapping[str, Entry]:
-    try:
-        stamp = path.stat().st_mtime_ns
-    except OSError:
-        return {}
-    return _read_once(path, stamp)
-
-
-@lru_cache(maxsize=2)
-def _read_once(path: Path, stamp: int) -> Mapping[str, Entry]:
-    """A file's entries as of one time of change; a damaged file is one warning, not an error."""
-    try:
-        return read(path)
-    except TuningError as error:
-        warnings.warn(
-            f"{error} Until then default schedules run.", DenseFallbackWarning, stacklevel=2
-        )
-        return {}
 
 
 def _entry(item: Any) -> Entry:
@@ -172,3 +96,6 @@ def _entry(item: Any) -> Entry:
     if [rows for rows, _ in pairs] != sorted({rows for rows, _ in pairs}):
         raise ValueError("break-even tokens have to rise")
     return Entry(**given, spec=spec, schedule=schedule)
+
+
+STORE = Store("schedules.json", _entry)

@@ -209,7 +209,7 @@ def tune(
     or "full", how many numbers of tokens and repeats. budget: seconds, shared out among the kinds; what
     it does not reach, and what other processes disturbed, keeps the default.
 
-    Results are stored per user (`schedules.folder`) as each kind is done, and used by models compiled
+    Results are stored per user (`store.folder`) as each kind is done, and used by models compiled
     from then on.
 
     Raises TuningError where there is nothing to tune or a kernel computes something wrong.
@@ -233,7 +233,7 @@ def tune(
                 stacklevel=2,
             )
         found[spec] = entry(spec, run)
-        schedules.add([found[spec]])
+        schedules.STORE.add([found[spec]])
     return found
 
 

@@ -53,7 +53,7 @@ def render(
 
 def path_of(source: str) -> Path:
     """Where the file of a source lies, written there first if need be."""
-    from ..schedules import folder
+    from ..store import folder
 
     name = f"d2d_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
     path = folder() / "triton" / name
