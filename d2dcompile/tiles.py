@@ -197,7 +197,8 @@ def default_tile(gpu: Gpu, gemm: Gemm) -> Tile:
 def candidates(gpu: Gpu, gemm: Gemm, limit: int = 24) -> list[tuple[Tile, float]]:
     """Tiles that no rule drops and their estimated seconds, fastest first, the default among them.
 
-    Of equally fast ones the one with less shared memory comes first. limit: how many.
+    Of equally fast ones those that read whole memory lines come first, then those with less shared memory.
+    limit: how many.
     """
     grid = {Tile(*sizes) for sizes in product(ROWS, COLUMNS, INNER, WARPS, STAGES)}
     default = default_tile(gpu, gemm)
@@ -206,7 +207,12 @@ def candidates(gpu: Gpu, gemm: Gemm, limit: int = 24) -> list[tuple[Tile, float]
         for tile in grid | {default}
         if unfit(gpu, gemm, tile) is None
     }
-    ranked = sorted(timed, key=lambda tile: (timed[tile], tile.shared(gpu, gemm), str(tile)))
+
+    def order(tile: Tile) -> tuple[float, bool, int, str]:
+        broken = tile.block_k * BYTES[gemm.dtype] < LINE
+        return timed[tile], broken, tile.shared(gpu, gemm), str(tile)
+
+    ranked = sorted(timed, key=order)
     kept = ranked[:limit]
     if default not in kept:
         kept = [*kept[: limit - 1], default]

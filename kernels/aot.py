@@ -106,14 +106,7 @@ def compile_kernel(
     names = kernel.arg_names
     types = {name: signature.get(name, "constexpr") for name in names}
     where = gpu_target(target)
-    pointer = [["tt.divisibility", ALIGNED]]
-    if where.backend == "hip":  # a launch says so of tensors below 2 GiB, all but all
-        pointer.append(["tt.pointer_range", 32])
-    integer = pointer[:1]
-    attributes = {
-        (i,): pointer if types[name][0] == "*" else integer if name in aligned else []
-        for i, name in enumerate(names)
-    }
+    attributes = _attributes(types, aligned, amd=where.backend == "hip")
     source = ASTSource(
         kernel, types, {(names.index(name),): value for name, value in given.items()}, attributes
     )
@@ -190,6 +183,16 @@ def _arguments(
             f"once, in the signature or among the constants. To be corrected: {', '.join(sorted(wrong))}."
         )
     return given
+
+
+def _attributes(types: Mapping[str, str], aligned: Collection[str], amd: bool) -> dict[Any, Any]:
+    """What is promised of each argument, by its place: pointers and some integers are divisible by 16."""
+    divisible = [["tt.divisibility", ALIGNED]]
+    pointer = [*divisible, ["tt.pointer_range", 32]] if amd else divisible  # tensors below 2 GiB
+    return {
+        (place,): pointer if kind[0] == "*" else divisible if name in aligned else []
+        for place, (name, kind) in enumerate(types.items())
+    }
 
 
 def _sent(job: Job | Launch) -> Job | Launch:
