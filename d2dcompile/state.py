@@ -20,6 +20,7 @@ from .expr import parse, quiet, without_casts
 from .ir import Experts, Schedule
 from .kernels import native
 from .kernels.dynamic_mlp import Prepared, cpu
+from .kernels.expert_mlp.gpu import EXPECTED
 from .kernels.gate import tau_bits
 from .layout import digest, slabs
 from .passes.insert_moe import operand_names
@@ -113,6 +114,7 @@ class State:
                     'options={"trainable": True} if you are fine-tuning the converted model.'
                 )
         self.seen = now
+        self._expect(None)
         self._cache.clear()
 
     def operands(self) -> tuple[Tensor, ...]:
@@ -124,12 +126,30 @@ class State:
             self.weight(role).requires_grad for role in self._weights
         )
         if live:
+            self._expect(None)
             return self._operands(detach=False)
         key = tuple(entry[:2] for entry in self._fingerprint())
         if self._cache.get("key") != key:
+            self._expect(None)
             self._cache = {"key": key, "operands": self._operands(detach=True)}
+            self._expect(self.expected_share())
         cached: tuple[Tensor, ...] = self._cache["operands"]
         return cached
+
+    def _expect(self, share: float | None) -> None:
+        """Tell GPU kernels which executed share to expect, or with None to run what lists say and no more.
+
+        Gradients are those of the listed experts, so that in training no others may run.
+        """
+        if "operands" in self._cache:
+            names = operand_names(self.site)
+            address = self._cache["operands"][names.index("w_up")].data_ptr()
+            if share is None:
+                EXPECTED.pop(address, None)
+            else:
+                if address not in EXPECTED:
+                    weakref.finalize(self, EXPECTED.pop, address, None).atexit = False
+                EXPECTED[address] = share
 
     def prepared(self, packs: bool, int8: bool = False) -> Prepared:
         """The site's operands as a kernel takes them, made anew whenever the weights changed.
@@ -166,6 +186,7 @@ class State:
 
     def steer(self) -> None:
         """Bring the kernels' records up to date with tau, forced masks and measured schedules."""
+        self._expect(self.expected_share())
         if not self._prepared:
             return
         spec = native.spec_of(self.experts, self.weight("down").dtype)
@@ -181,6 +202,7 @@ class State:
 
     def release(self) -> None:
         """Drop what was made for kernels: records and packed copies."""
+        self._expect(None)
         self._prepared.clear()
         self._cache.clear()
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -26,7 +26,7 @@ _LOCK = threading.Lock()  # filelock's locks are reentrant within a process
 class Keyed(Protocol):
     """A dataclass of JSON's types with a key."""
 
-    __dataclass_fields__: Any
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def key(self) -> str: ...

@@ -59,11 +59,6 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def padded(size: int, least: int = 16) -> int:
-    """The smallest power of two that is no less than size and `least`."""
-    return max(least, 1 << (size - 1).bit_length())
-
-
 def precision(dtype: torch.dtype) -> str:
     """How fp32 products are made: as torch's own matrix products are told to."""
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"

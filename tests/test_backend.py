@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import d2dcompile as d2d
 from d2dcompile import backend as backend_module
 from d2dcompile import testing
+from d2dcompile.attachment import states
 from d2dcompile.errors import (
     ConversionMismatchError,
     DenseFallbackWarning,
@@ -21,6 +22,8 @@ from d2dcompile.errors import (
     WeightsChangedError,
 )
 from d2dcompile.kernels.expert_mlp import expert_mlp
+from d2dcompile.kernels.expert_mlp.gpu import EXPECTED
+from d2dcompile.passes.insert_moe import operand_names
 
 QUICK = d2d.Config(router_epochs=1, expert_size=8)
 
@@ -506,3 +509,25 @@ def test_freezing_keeps_the_experts_and_their_checks(experts: Counter) -> None:
         models[1][0].blocks[0].up.weight.mul_(1.5)
         with pytest.raises(WeightsChangedError):
             fast(x)
+
+
+def test_expected_shares_follow_tau_and_end_with_the_site() -> None:
+    """GPU kernels may run everything only for attached sites, for the share to expect at their tau."""
+    model = converted()
+    state = states(model)[0]
+    with torch.no_grad():
+        w_up = state.operands()[operand_names(state.site).index("w_up")]
+    address = w_up.data_ptr()
+    assert EXPECTED[address] == state.expected_share()
+    d2d.set_tau(model, 0.0)
+    assert EXPECTED[address] == 1.0
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    state.operands()
+    assert (
+        address not in EXPECTED
+    )  # the lists have to be obeyed: gradients are those of their experts
+    with torch.no_grad():
+        state.operands()
+    d2d.detach(model)
+    assert address not in EXPECTED

@@ -7,8 +7,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...gpu_schedules import padded
 from .. import device, render
-from ..device import padded
+from ..launching import launch
 from . import buffers, dispatch
 
 MOST_EXPERTS = 1024  # a token's row is held in one program
@@ -42,9 +43,10 @@ def write_lists(
     """Fill the lists from a mask [T, E] int8 and the counts [blocks, E] of its blocks of tokens."""
     rows, blocks = len(mask), len(counts)
     some = min(32, padded(blocks, 1))
-    kernels.write_lists[(blocks,)](
-        mask, counts, *lists, rows, blocks, BLOCK_T=block, BLOCK_B=some, num_warps=WARPS
-    )
+    launch(
+        kernels.write_lists, (blocks,), mask, counts, *lists, rows, blocks,
+        BLOCK_T=block, BLOCK_B=some, warps=WARPS,
+    )  # fmt: skip
 
 
 def accepts(mask: Tensor) -> bool:
@@ -63,7 +65,7 @@ def run(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = -(-len(flat) // block)
     counts = mask.new_empty(blocks, experts, dtype=torch.int32)
     kernels = module(16, 16, experts, "ieee")
-    kernels.count[(blocks,)](flat, counts, len(flat), BLOCK_T=block, num_warps=WARPS)
+    launch(kernels.count, (blocks,), flat, counts, len(flat), BLOCK_T=block, warps=WARPS)
     write_lists(kernels, flat, counts, lists, block)
     return lists
 

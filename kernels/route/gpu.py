@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...gpu_schedules import padded
 from .. import device
-from ..device import padded
 from ..dispatch import buffers
 from ..dispatch.gpu import MOST_EXPERTS, WARPS, block_rows, module, write_lists
+from ..launching import launch
 from . import route
 
 MOST_ROUTER = 256  # both layers of a block of tokens are held in one program
@@ -36,19 +37,22 @@ def run(x: Tensor, router1: Tensor, router2: Tensor, tau: Tensor) -> tuple[Tenso
     if rows <= block:
         few, part = padded(rows), padded(min(d, 256))
         parts = x.new_empty(SPLITS, rows, width, dtype=torch.float32)
-        kernels.hidden_few[(-(-width // 16), SPLITS)](
-            x, w1, parts, rows, BLOCK_T=few, BLOCK_R=16, BLOCK_K=part, SPLITS=SPLITS, num_warps=4
-        )
-        kernels.route_few[(1,)](
-            parts, w2, tau, *lists, rows, BLOCK_T=few, SPLITS=SPLITS, num_warps=WARPS
-        )
+        launch(
+            kernels.hidden_few, (-(-width // 16), SPLITS), x, w1, parts, rows,
+            BLOCK_T=few, BLOCK_R=16, BLOCK_K=part, SPLITS=SPLITS, warps=4, stages=3,
+        )  # fmt: skip
+        launch(
+            kernels.route_few, (1,), parts, w2, tau, *lists, rows,
+            BLOCK_T=few, SPLITS=SPLITS, warps=WARPS,
+        )  # fmt: skip
         return lists
     blocks = -(-rows // block)
     mask = x.new_empty(rows, experts, dtype=torch.int8)
     counts = x.new_empty(blocks, experts, dtype=torch.int32)
-    kernels.route_many[(blocks,)](
-        x, w1, w2, tau, mask, counts, rows, BLOCK_T=block, BLOCK_K=64, num_warps=WARPS, num_stages=3
-    )
+    launch(
+        kernels.route_many, (blocks,), x, w1, w2, tau, mask, counts, rows,
+        BLOCK_T=block, BLOCK_K=64, warps=WARPS, stages=3,
+    )  # fmt: skip
     write_lists(kernels, mask, counts, lists, block)
     return lists
 

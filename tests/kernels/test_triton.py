@@ -16,35 +16,38 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2dcompile import testing
-from d2dcompile.kernels import device, native
+from d2dcompile import gpu_schedules, testing
+from d2dcompile.gpu_schedules import GpuSchedule, GpuSpec
+from d2dcompile.gpus import H200
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.dispatch import gpu as lists_gpu
 from d2dcompile.kernels.expert_mlp import expert_mlp, gpu, grouped
-from d2dcompile.kernels.expert_mlp.gpu import Call, Schedule, Spec, Tile
+from d2dcompile.kernels.expert_mlp.gpu import Call
 from d2dcompile.kernels.expert_mlp.gradient import expert_mlp_backward
 from d2dcompile.kernels.gate import tau_bits
 from d2dcompile.kernels.route import gpu as route_gpu
 from d2dcompile.kernels.route import route
+from d2dcompile.load import Load
+from d2dcompile.tiles import Tile
 
 pytestmark = pytest.mark.triton
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDED = settings(max_examples=12, deadline=None)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SPECS = {
-    "plain": Spec(40, 72, 5, 24, False, "gelu(up)"),
-    "gated": Spec(64, 48, 3, 16, True, "silu(gate) * up"),
-    "tiny experts": Spec(33, 33, 7, 5, True, "gelu(gate, approximate='tanh') * up"),
-    "one expert": Spec(16, 16, 1, 40, False, "relu(up) ** 2"),
-    "many experts": Spec(24, 20, 37, 8, False, "p0 * relu(up) + p1 * up"),
+    "plain": GpuSpec(40, 72, 5, 24, False, "gelu(up)"),
+    "gated": GpuSpec(64, 48, 3, 16, True, "silu(gate) * up"),
+    "tiny experts": GpuSpec(33, 33, 7, 5, True, "gelu(gate, approximate='tanh') * up"),
+    "one expert": GpuSpec(16, 16, 1, 40, False, "relu(up) ** 2"),
+    "many experts": GpuSpec(24, 20, 37, 8, False, "p0 * relu(up) + p1 * up"),
 }
 FEW, MANY = Tile(16, 16, 32, 4, 1), Tile(16, 32, 16, 4, 1)
 SCHEDULES = {
-    "decode": Schedule("decode", FEW, MANY, splits=3),
-    "pairs": Schedule("pairs", FEW, MANY),
-    "pairs, weights first": Schedule("pairs", FEW, MANY, swap=True),
-    "atomic": Schedule("atomic", FEW, MANY),
-    "dense": Schedule("dense", FEW, MANY),
+    "decode": GpuSchedule("decode", FEW, MANY, splits=3),
+    "pairs": GpuSchedule("pairs", FEW, MANY),
+    "pairs, weights first": GpuSchedule("pairs", FEW, MANY, swap=True),
+    "atomic": GpuSchedule("atomic", FEW, MANY),
+    "dense": GpuSchedule("dense", FEW, MANY),
 }
 
 
@@ -59,7 +62,9 @@ def poisoned():
 class Operands:
     """Random rows, slabs and lists of one call on the device that is tested."""
 
-    def __init__(self, spec: Spec, mask: Tensor, dtype: torch.dtype, bias: bool, seed: int) -> None:
+    def __init__(
+        self, spec: GpuSpec, mask: Tensor, dtype: torch.dtype, bias: bool, seed: int
+    ) -> None:
         draw = torch.Generator().manual_seed(seed)
         hidden, rows = spec.experts * spec.size, len(mask)
 
@@ -83,7 +88,7 @@ class Operands:
         slots[torch.arange(spec.experts + 1, device=ON)[None] > slots[:, :1]] = 1 << 30
         self.lists = tokens, offsets, slots
 
-    def run(self, schedule: Schedule) -> Tensor:
+    def run(self, schedule: GpuSchedule) -> Tensor:
         y = self.rows.new_full((len(self.rows), self.spec.out), torch.nan)
         if len(self.rows):
             call = Call(self.spec, self.rows, self.lists, self.weights, self.scalars, y)
@@ -146,13 +151,15 @@ def test_equals_the_meaning(name, way, rows, share, dtype, bias, seed) -> None:
 def test_the_default_schedule_is_right(name, rows) -> None:
     spec = SPECS[name]
     operands = Operands(spec, masks(rows, spec.experts, 0.3, 0), torch.float32, True, 0)
-    assert_as_good(operands.run(gpu.default(spec, rows, 4)), operands)
+    for strategy in ("decode", "pairs", "atomic") if rows <= 64 else ("pairs", "atomic"):
+        schedule = gpu_schedules.of_strategy(strategy, spec, Load(rows, 0.3), H200)
+        assert_as_good(operands.run(schedule), operands)
 
 
 @pytest.mark.parametrize("strategy", ["pairs", "atomic"])
 def test_weights_through_descriptors(strategy) -> None:
     """The rows of a descriptor's tiles have to start at multiples of 16 bytes."""
-    spec = Spec(64, 48, 3, 16, True, "silu(gate) * up")
+    spec = GpuSpec(64, 48, 3, 16, True, "silu(gate) * up")
     operands = Operands(spec, masks(20, 3, 0.5, 0), torch.float32, True, 0)
     schedule = replace(SCHEDULES["pairs"], strategy=strategy, tma=True)
     assert_as_good(operands.run(schedule), operands)
@@ -160,9 +167,9 @@ def test_weights_through_descriptors(strategy) -> None:
 
 def test_columns_are_worked_off_in_chunks(monkeypatch) -> None:
     """A small limit of memory: three chunks, the last one narrower."""
-    monkeypatch.setattr(gpu, "ROWS_BYTES", 20 * 5 * 32 * 4)
+    monkeypatch.setattr(gpu_schedules, "ROWS_BYTES", 20 * 5 * 32 * 2)
     spec = SPECS["plain"]
-    assert gpu.chunk_of(spec, 20, 32, 4) == 32
+    assert gpu_schedules.chunk(spec, 20, 32) == 32
     operands = Operands(spec, masks(20, 5, 0.5, 0), torch.float32, True, 0)
     assert_as_good(operands.run(SCHEDULES["pairs"]), operands)
 
@@ -262,7 +269,7 @@ def test_an_op_runs_in_the_interpreter_on_request(monkeypatch) -> None:
 def test_gradient_by_grouped_products(activation, share, monkeypatch) -> None:
     """Every operand's gradient, against the meaning in fp64; twice gives the same bits."""
     dtype = torch.bfloat16 if ON == "cuda" else torch.float32
-    spec = Spec(16, 32, 3, 8, "gate" in activation, activation)
+    spec = GpuSpec(16, 32, 3, 8, "gate" in activation, activation)
     operands = Operands(spec, masks(9, 3, share, 0), dtype, True, 0)
     grad = torch.randn(9, 32, device=ON).to(dtype)
     given_ = (*operands.weights.values(), None, operands.scalars, activation)
@@ -294,4 +301,3 @@ def test_what_has_no_spelling_is_refused() -> None:
 def test_source_is_the_same_every_time_and_imports_by_itself() -> None:
     assert gpu.source(SPECS["gated"]) == gpu.source(SPECS["gated"])
     assert "silu" in gpu.source(SPECS["gated"]) and "silu" not in gpu.source(SPECS["plain"])
-    assert device.padded(5) == 16 and device.padded(17) == 32 and native.SLABS[0] == "w_up"
