@@ -171,7 +171,7 @@ def default_tile(gpu: Gpu, gemm: Gemm) -> Tile:
     """The tile in closed form, usable without any measurement; no rule ever drops it.
 
     Rows: the power of two from the mean of a group, 16 to 128; a memory line of the inner dimension; 4096
-    sums a warp; as many buffers as fit, four at most (vLLM's and triton_kernels' choices look alike).
+    sums a warp; a buffer for each step as far as they fit, four at most (vLLM's and triton_kernels' choices look alike).
     """
     value = BYTES[gemm.dtype]
     few = min(128, max(16, _power(gemm.rows)))
@@ -189,7 +189,8 @@ def default_tile(gpu: Gpu, gemm: Gemm) -> Tile:
         tile
         for inner in (LINE // value, LINE // value // 2)
         for stages in (4, 3, 2)
-        if unfit(gpu, gemm, tile := Tile(rows, columns, inner, warps, stages)) is None
+        if stages <= max(2, ceil(gemm.k / inner))
+        and unfit(gpu, gemm, tile := Tile(rows, columns, inner, warps, stages)) is None
     ]
     return fitting[0]
 

@@ -21,7 +21,8 @@ from ...load import Load
 from ...tiles import Tile
 from .. import device, emit, native, render
 from ..device import programs
-from ..launching import launch
+from ..dispatch import buffers
+from ..launching import Launched, launch, noting
 from . import expert_mlp
 
 MOST_EXPERTS = 1024
@@ -43,6 +44,13 @@ def source(spec: GpuSpec) -> str:
     }  # fmt: skip
     title = f"Experts of a block: {spec}, {spec.activation}."
     return render.render(title, ["experts.py", "decode.py"], constants, _functions(spec.activation))
+
+
+def scalar_count(text: str) -> int:
+    """How many scalars p0, p1, ... an activation text reads, those between included."""
+    return 1 + max(
+        (int(name[1:]) for name in parse(text).variables() if name[0] == "p"), default=-1
+    )
 
 
 def _functions(text: str) -> str:
@@ -281,6 +289,30 @@ class Call:
             torch.mm(up, self.down, out=self.y)
         else:
             torch.addmm(self.b_down, up, self.down, out=self.y)
+
+
+def launches(
+    spec: GpuSpec, tokens: int, schedule: GpuSchedule, bias: bool = True
+) -> list[Launched]:
+    """What a call of so many tokens launches, without data and without a device."""
+    dtype = next(dtype for dtype, name in NAMES.items() if name == spec.dtype)
+    hidden = spec.experts * spec.size
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    shapes = {
+        "w_up": (hidden, spec.d), "w_gate": (hidden, spec.d), "w_down": (hidden, spec.out),
+        "b_up": (hidden,), "b_gate": (hidden,), "b_down": (spec.out,),
+    }  # fmt: skip
+    absent = [] if spec.gated else ["w_gate", "b_gate"]
+    absent += [] if bias else ["b_up", "b_gate", "b_down"]
+    weights = {name: None if name in absent else new(*shape) for name, shape in shapes.items()}
+    scalars = [new(1) for _ in range(scalar_count(spec.activation))]
+    rows, lists = new(tokens, spec.d), buffers(new(1), tokens, spec.experts)
+    with noting() as noted:
+        Call(spec, rows, lists, weights, scalars, new(tokens, spec.out)).run(schedule)
+    return noted
 
 
 def _options(tile: Tile) -> dict[str, int]:

@@ -9,7 +9,7 @@ from ...gpu_schedules import padded
 from .. import device
 from ..dispatch import buffers
 from ..dispatch.gpu import MOST_EXPERTS, WARPS, block_rows, module, write_lists
-from ..launching import launch
+from ..launching import Launched, launch, noting
 from . import route
 
 MOST_ROUTER = 256  # both layers of a block of tokens are held in one program
@@ -55,6 +55,17 @@ def run(x: Tensor, router1: Tensor, router2: Tensor, tau: Tensor) -> tuple[Tenso
     )  # fmt: skip
     write_lists(kernels, mask, counts, lists, block)
     return lists
+
+
+def launches(d: int, router: int, experts: int, tokens: int, dtype: torch.dtype) -> list[Launched]:
+    """What routing so many tokens launches, without data and without a device."""
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with noting() as noted:
+        run(new(tokens, d), new(router, d), new(experts, router), new(dtype=torch.int32))
+    return noted
 
 
 device.register(route, run, accepts)
