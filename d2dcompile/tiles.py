@@ -171,7 +171,8 @@ def default_tile(gpu: Gpu, gemm: Gemm) -> Tile:
     """The tile in closed form, usable without any measurement; no rule ever drops it.
 
     Rows: the power of two from the mean of a group, 16 to 128; a memory line of the inner dimension; 4096
-    sums a warp; a buffer for each step as far as they fit, four at most (vLLM's and triton_kernels' choices look alike).
+    sums a warp; a buffer for each step as far as they fit, four at most (vLLM's and triton_kernels'
+    choices look alike).
     """
     value = BYTES[gemm.dtype]
     few = min(128, max(16, _power(gemm.rows)))
