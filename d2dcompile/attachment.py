@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .capture import unwrap
 from .config import check_tau
-from .errors import ConversionMismatchError, TauError
+from .errors import ConversionMismatchError, NoConversionError, TauError
 from .ir import Conversion, Experts, Site
 from .layout import digest, permuted
 from .state import State
@@ -47,6 +47,17 @@ def states(model: nn.Module) -> list[State]:
     """All attached sites whose down weight belongs to the model, in the order of its parameters."""
     found = (lookup(parameter) for parameter in unwrap(model).parameters())
     return [state for state in found if state is not None]
+
+
+def attached(model: nn.Module) -> list[State]:
+    """All attached sites of a model, as `states`. Raises NoConversionError if there are none."""
+    held = states(model)
+    if not held:
+        raise NoConversionError(
+            f"This {type(model).__name__} has no attached conversion; expected one. Call "
+            "convert(model, batches) or load(folder).attach(model) first."
+        )
+    return held
 
 
 def attach(model: nn.Module, conversion: Conversion) -> nn.Module:

@@ -2,6 +2,7 @@
 
     d2dcompile tune FOLDER                        tune the kinds of blocks of a saved conversion
     d2dcompile tune "768x3072 gelu(up) bf16"      ... of a shape, without a conversion
+    d2dcompile tune FOLDER --precompile-only --target sm_90     compile for a GPU that is not here
     d2dcompile tune show | export FILE | import FILE
     d2dcompile bench FOLDER|SHAPE --tokens 1 16 --shares 0.1 0.2
 
@@ -21,12 +22,13 @@ from typing import Any
 
 import torch
 
-from . import schedules, tuning
+from . import gpu_tuning, tuning
+from .cli_print import print_bench, print_compiled, print_entries
 from .errors import D2DError, TuningError
 from .kernels.native import Spec
-from .schedules import Entry
+from .store import STORE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPE = re.compile(r"(\d+)x(\d+)\s+(.+?)(?:\s+(fp32|bf16))?")
 EXPERT_SIZE, ROUTER = 64, 128  # of a shape that says nothing else
 
@@ -49,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument(
         "--dtype", choices=DTYPES, help="the dtype to run in; of a conversion both by default"
     )
+    both.add_argument(
+        "--device", default="auto", help="cpu, cuda, or auto (the default): a GPU if there is one"
+    )
     both.add_argument("--threads", type=int, help="of the kernels; by default torch's")
     both.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -63,7 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--budget", type=_seconds, default=120.0, help="for example 120s; default 120s"
     )
-    tune.set_defaults(run=_tune)
+    tune.add_argument(
+        "--precompile-only", action="store_true", help="compile GPU kernels, measure nothing"
+    )
+    tune.add_argument(
+        "--target",
+        dest="architecture",
+        default="sm_90",
+        help="what to precompile for; default sm_90",
+    )
+    tune.set_defaults(run=_tune, command="tune")
 
     bench = commands.add_parser(
         "bench", parents=[both], help="time all candidates beside the dense block"
@@ -74,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--max-autotune", action="store_true", help="also dense under Inductor's max-autotune"
     )
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_bench, command="bench")
     return parser
 
 
@@ -126,49 +140,49 @@ def _threads(given: argparse.Namespace) -> None:
 
 
 def _tune(given: argparse.Namespace) -> int:
-    path = schedules.STORE.path
+    path = STORE.path
     if given.target in ("show", "export", "import"):
         return _move(given, path)
     _threads(given)
-    found = tuning.tune(_specs(given), effort=given.effort, budget=given.budget)
-    _print_entries(list(found.values()), given.json)
+    if given.precompile_only:
+        return _precompile(given)
+    found = tuning.tune(
+        _specs(given), device=given.device, effort=given.effort, budget=given.budget
+    )
+    entries = [e for held in found.values() for e in (held if isinstance(held, list) else [held])]
+    print_entries(entries, given.json)
     print(f"kept in {path}", file=sys.stderr)
+    return 0
+
+
+def _precompile(given: argparse.Namespace) -> int:
+    """Compile what a tuning run would time, for a target; nothing is measured or recorded."""
+    from .gpu_trial import precompile
+
+    dtypes = [DTYPES[given.dtype]] if given.dtype else []
+    done = [
+        precompile(spec, load, given.architecture, given.effort)
+        for spec in gpu_tuning.specs_of(_specs(given), dtypes)
+        for load in gpu_tuning.loads(spec, given.effort)
+    ]
+    print_compiled(done, given.json)
     return 0
 
 
 def _move(given: argparse.Namespace, path: Path) -> int:
     """Show the user's schedules, write them to a file, or take over those of a file."""
     if given.target == "show":
-        _print_entries(list(schedules.STORE.read(path).values()), given.json)
+        print_entries(list(STORE.read(path).values()), given.json)
         return 0
     if given.file is None:
         raise TuningError(f"`tune {given.target}` needs the name of a file.")
     source, target = (path, given.file) if given.target == "export" else (given.file, path)
     if not source.exists():
         raise TuningError(f"{source} does not exist; expected a file of schedules.")
-    held = schedules.STORE.read(source)
-    schedules.STORE.add(held.values(), target)
+    held = STORE.read(source)
+    STORE.add(held.values(), target)
     print(f"{len(held)} schedules from {source} to {target}", file=sys.stderr)
     return 0
-
-
-def _print_entries(entries: Sequence[Entry], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps([asdict(entry) for entry in entries], indent=1))
-        return
-    for entry in entries:
-        chosen = entry.schedule
-        print(f"{entry.spec}: {entry.spec.activation}; {entry.threads} threads, {entry.device}")
-        print(f"  one token: {'the model' if chosen.decode else 'the packed copy'}'s weights")
-        print(
-            f"  fused up to {chosen.fused_rows} tokens; fetches {chosen.near} and {chosen.far} bytes ahead"
-        )
-        for rows, share in chosen.break_even:
-            kept = "never" if share == 1 else f"above an executed share of {share:.2f}"
-            print(f"  from {rows} tokens on everything runs {kept}")
-        for tokens, times in entry.times.items():
-            listed = ", ".join(f"{name} {us:.1f}" for name, us in times.items())
-            print(f"  {tokens} tokens, us: {listed}")
 
 
 def _bench(given: argparse.Namespace) -> int:
@@ -180,26 +194,10 @@ def _bench(given: argparse.Namespace) -> int:
         rows = tuning.bench(spec, given.tokens, given.shares, autotuned=given.max_autotune)
         tables.append({"spec": asdict(spec), "threads": torch.get_num_threads(), "rows": rows})
         if not given.json:
-            _print_bench(spec, rows)
+            print_bench(spec, rows)
     if given.json:
         print(json.dumps(tables, indent=1))
     return 0
-
-
-def _print_bench(spec: Spec, rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{spec}: {spec.activation}; {torch.get_num_threads()} threads; * the schedule that runs")
-    print(f"{'tokens':>6} {'share':>6}  {'candidate':<16} {'us':>10} {'x dense':>8}")
-    for n in dict.fromkeys(row["tokens"] for row in rows):
-        here = [row for row in rows if row["tokens"] == n]
-        dense = min(row["us"] for row in here if row["share"] is None)
-        for row in sorted(here, key=lambda row: (row["share"] or 0, row["us"])):
-            at = "" if row["share"] is None else f"{row['share']:.2f}"
-            mark = "*" if row["chosen"] else " "
-            noisy = " noisy" if row["noisy"] else ""
-            print(
-                f"{n:>6} {at:>6} {mark}{row['candidate']:<16} {row['us']:>10.1f} "
-                f"{dense / row['us']:>8.2f}{noisy}"
-            )
 
 
 if __name__ == "__main__":

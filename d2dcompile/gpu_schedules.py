@@ -22,7 +22,7 @@ from .errors import TuningError
 from .gpus import GPUS, H100, Gpu
 from .kernels.render import SKELETONS
 from .load import Block, Load
-from .store import Store
+from .store import STORE
 from .tiles import Gemm, Tile, default_tile, down_gemm, up_gemm
 
 STRATEGIES = ("decode", "pairs", "atomic", "dense")
@@ -204,7 +204,7 @@ def _choose(
     spec: GpuSpec, load: Load, device: torch.device, dense: bool, stamp: int
 ) -> GpuSchedule:
     found = STORE.get(key(spec, Where.of(device), bucket(load)))
-    if found is not None and (dense or found.schedule.strategy != "dense"):
+    if isinstance(found, GpuEntry) and (dense or found.schedule.strategy != "dense"):
         return found.schedule
     return default(spec, load, gpu_of(device), dense)
 
@@ -293,4 +293,4 @@ def _entry(item: Any) -> GpuEntry:
     return GpuEntry(**given, spec=spec, schedule=schedule)
 
 
-STORE = Store("gpu_schedules.json", _entry)
+STORE.register("multiprocessors", _entry)

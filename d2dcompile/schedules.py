@@ -18,7 +18,7 @@ import torch
 from .ir import Schedule
 from .kernels import build, native
 from .kernels.native import Spec
-from .store import Store
+from .store import STORE
 
 MOST_ROWS = 1 << 40
 
@@ -76,7 +76,7 @@ def key(spec: Spec, device: str, threads: int, kernels: str) -> str:
 def lookup(spec: Spec) -> Schedule:
     """The measured schedule of a kind of block on this machine, or the default one."""
     found = STORE.get(key(spec, device(), torch.get_num_threads(), kernels_version()))
-    return Schedule() if found is None else found.schedule
+    return found.schedule if isinstance(found, Entry) else Schedule()
 
 
 def _entry(item: Any) -> Entry:
@@ -98,4 +98,4 @@ def _entry(item: Any) -> Entry:
     return Entry(**given, spec=spec, schedule=schedule)
 
 
-STORE = Store("schedules.json", _entry)
+STORE.register("threads", _entry)

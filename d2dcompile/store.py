@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 from filelock import FileLock
 
@@ -32,9 +32,6 @@ class Keyed(Protocol):
     def key(self) -> str: ...
 
 
-E = TypeVar("E", bound=Keyed)
-
-
 def folder() -> Path:
     """Where schedules and generated files are kept: $D2D_CACHE, or d2dcompile in the user's cache."""
     given = os.environ.get("D2D_CACHE")
@@ -43,18 +40,32 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d2dcompile"
 
 
-class Store(Generic[E]):
-    """The file `name` in `folder()`; parse makes an entry of its JSON, or raises ValueError or TypeError."""
+class Store:
+    """The file `name` in `folder()`, with entries of several kinds."""
 
-    def __init__(self, name: str, parse: Callable[[Any], E]) -> None:
-        self.name, self._parse = name, parse
-        self._held: tuple[Path, int, Mapping[str, E]] | None = None
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._kinds: dict[str, Callable[[Any], Keyed]] = {}
+        self._held: tuple[Path, int, Mapping[str, Keyed]] | None = None
+
+    def register(self, field: str, parse: Callable[[Any], Keyed]) -> None:
+        """Take entries of another kind, told by a field that no other kind has.
+
+        parse makes one of its JSON, or raises ValueError or TypeError.
+        """
+        self._kinds[field] = parse
+
+    def _parse(self, item: Any) -> Keyed:
+        kind = next((parse for field, parse in self._kinds.items() if field in item), None)
+        if kind is None:
+            raise ValueError(f"an entry has none of the fields {', '.join(self._kinds)}")
+        return kind(item)
 
     @property
     def path(self) -> Path:
         return folder() / self.name
 
-    def read(self, path: Path | None = None) -> dict[str, E]:
+    def read(self, path: Path | None = None) -> dict[str, Keyed]:
         """All entries of a file by key; none if it does not exist. Raises TuningError if it is damaged."""
         path = path or self.path
         if not path.exists():
@@ -73,7 +84,7 @@ class Store(Generic[E]):
             ) from None
         return {entry.key: entry for entry in entries}
 
-    def add(self, entries: Iterable[E], path: Path | None = None) -> Path:
+    def add(self, entries: Iterable[Keyed], path: Path | None = None) -> Path:
         """Put entries into a file, in place of older ones of the same key; returns its path."""
         path = path or self.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +100,7 @@ class Store(Generic[E]):
         self._held = None
         return path
 
-    def get(self, key: str) -> E | None:
+    def get(self, key: str) -> Keyed | None:
         """The user's entry of a key; a damaged file is one warning, not an error."""
         path = self.path
         try:
@@ -100,7 +111,7 @@ class Store(Generic[E]):
             self._held = (path, stamp, self._read_or_warn(path))
         return self._held[2].get(key)
 
-    def _read_or_warn(self, path: Path) -> Mapping[str, E]:
+    def _read_or_warn(self, path: Path) -> Mapping[str, Keyed]:
         try:
             return self.read(path)
         except TuningError as error:
@@ -108,3 +119,6 @@ class Store(Generic[E]):
                 f"{error} Until then default schedules run.", DenseFallbackWarning, stacklevel=4
             )
             return {}
+
+
+STORE = Store("schedules.json")

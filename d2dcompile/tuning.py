@@ -19,13 +19,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import schedules, timing
-from .attachment import states
-from .errors import D2DWarning, NoConversionError, TuningError
+from . import gpu_tuning, schedules, timing
+from .attachment import attached
+from .errors import D2DWarning, TuningError
+from .gpu_schedules import GpuEntry, GpuSpec
 from .ir import Conversion, Experts, Schedule
 from .kernels import build, native
+from .kernels.device import has_triton
 from .kernels.native import Spec
 from .schedules import Entry
+from .store import STORE
 from .trial import Candidate, Trial
 
 SHARE = 0.2  # executed, at which schedules are compared
@@ -51,14 +54,8 @@ def specs_of(
     if bad := [dtype for dtype in dtypes if dtype not in DTYPES]:
         raise TuningError(f"CPU kernels run float32 and bfloat16; asked for {bad}.")
     if isinstance(target, nn.Module):
-        held = states(target)
-        if not held:
-            raise NoConversionError(
-                f"This {type(target).__name__} has no attached conversion; expected one. Call "
-                "convert(model, batches) or load(folder).attach(model) first."
-            )
         kinds: list[tuple[Experts, Sequence[torch.dtype]]] = [
-            (state.experts, dtypes or [state.weight("down").dtype]) for state in held
+            (state.experts, dtypes or [state.weight("down").dtype]) for state in attached(target)
         ]
     elif isinstance(target, Conversion):
         kinds = [(experts, dtypes or DTYPES) for experts in target.experts.values()]
@@ -198,22 +195,30 @@ class Run:
 def tune(
     target: nn.Module | Conversion | Iterable[Spec],
     *,
+    device: str | torch.device = "auto",
     dtypes: Sequence[torch.dtype] = (),
     effort: str = "quick",
     budget: float = 120.0,
     progress: bool = True,
-) -> dict[Spec, Entry]:
+) -> dict[Spec, Entry] | dict[GpuSpec, list[GpuEntry]]:
     """Measure the kernels of all kinds of blocks and keep the fastest schedules for later runs.
 
-    target: a converted model, a Conversion or kinds of blocks; dtypes: see `specs_of`. effort: "quick"
-    or "full", how many numbers of tokens and repeats. budget: seconds, shared out among the kinds; what
-    it does not reach, and what other processes disturbed, keeps the default.
+    target: a converted model, a Conversion or kinds of blocks. device: "cpu", "cuda" or "auto", which is
+    where a model's weights are, else a GPU if there is one. dtypes: see `specs_of`; on a GPU bf16 for a
+    conversion. effort: "quick" or "full", how many numbers of tokens and repeats. budget: seconds, shared
+    out among the kinds; what it does not reach, and what other processes disturbed, keeps the default.
 
     Results are stored per user (`store.folder`) as each kind is done, and used by models compiled
     from then on.
 
     Raises TuningError where there is nothing to tune or a kernel computes something wrong.
     """
+    where = device_of(target, device)
+    if where.type == "cuda":
+        kinds = gpu_tuning.specs_of(target, dtypes)
+        if not kinds:
+            raise TuningError("There is no kind of block to tune; expected at least one.")
+        return gpu_tuning.tune(kinds, where, effort=effort, budget=budget, progress=progress)
     if effort not in ROWS:
         raise TuningError(f"effort is {effort!r}; expected one of {', '.join(ROWS)}.")
     specs = specs_of(target, dtypes)
@@ -233,7 +238,27 @@ def tune(
                 stacklevel=2,
             )
         found[spec] = entry(spec, run)
-        schedules.STORE.add([found[spec]])
+        STORE.add([found[spec]])
+    return found
+
+
+def device_of(target: object, device: str | torch.device) -> torch.device:
+    """The device that is tuned, see `tune`. Raises TuningError for one that is not here."""
+    if device == "auto":
+        if isinstance(target, nn.Module):
+            return attached(target)[0].weight("down").device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise TuningError(f"device is {str(device)!r}; expected auto, cpu or cuda.")
+    if found.type == "cuda" and not (torch.cuda.is_available() and has_triton()):
+        raise TuningError(
+            "Tuning on cuda needs a CUDA device and Triton, and one of them is not here. "
+            "`d2dcompile tune TARGET --precompile-only --target sm_90` compiles without a device."
+        )
     return found
 
 

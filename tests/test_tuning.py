@@ -15,6 +15,7 @@ from d2dcompile.ir import Schedule
 from d2dcompile.kernels import native
 from d2dcompile.kernels.native import Spec
 from d2dcompile.schedules import Entry
+from d2dcompile.store import STORE
 from d2dcompile.timing import Timing
 from d2dcompile.trial import Candidate, Trial
 
@@ -57,30 +58,30 @@ def model_time(monkeypatch: pytest.MonkeyPatch, seconds) -> None:
 
 
 def test_an_entry_comes_back_as_it_was_and_only_for_what_it_was_measured_on() -> None:
-    schedules.STORE.add([entry()])
+    STORE.add([entry()])
     assert schedules.lookup(SPEC) == entry().schedule
     assert schedules.lookup(replace(SPEC, bf16=True)) == Schedule()
     for other in ({"device": "another"}, {"threads": 99}, {"kernels": "older"}):
-        schedules.STORE.add([entry(replace(SPEC, d=32), **other)])
+        STORE.add([entry(replace(SPEC, d=32), **other)])
     assert schedules.lookup(replace(SPEC, d=32)) == Schedule()
-    assert len(schedules.STORE.read(schedules.STORE.path)) == 4
+    assert len(STORE.read(STORE.path)) == 4
 
 
 def test_a_later_entry_replaces_an_earlier_one_of_the_same_key() -> None:
-    schedules.STORE.add([entry()])
-    schedules.STORE.add([entry(schedule=Schedule())])
+    STORE.add([entry()])
+    STORE.add([entry(schedule=Schedule())])
     assert schedules.lookup(SPEC) == Schedule()
-    assert len(schedules.STORE.read(schedules.STORE.path)) == 1
+    assert len(STORE.read(STORE.path)) == 1
 
 
 def _add_one(number: int) -> None:
-    schedules.STORE.add([entry(replace(SPEC, d=number))])
+    STORE.add([entry(replace(SPEC, d=number))])
 
 
 def test_writers_in_several_processes_lose_nothing() -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         pool.map(_add_one, range(1, 13), chunksize=1)
-    assert len(schedules.STORE.read(schedules.STORE.path)) == 12
+    assert len(STORE.read(STORE.path)) == 12
 
 
 @pytest.mark.parametrize(
@@ -99,12 +100,12 @@ def test_writers_in_several_processes_lose_nothing() -> None:
     ],
 )
 def test_a_damaged_store_is_one_warning_for_models_and_an_error_for_tools(damage) -> None:
-    path = schedules.STORE.add([entry()])
+    path = STORE.add([entry()])
     document = json.loads(path.read_text())
     damage(document)
     path.write_text(json.dumps(document))
     with pytest.raises(TuningError, match=r"schedules|format"):
-        schedules.STORE.read(path)
+        STORE.read(path)
     with pytest.warns(DenseFallbackWarning, match="default schedules"):
         assert schedules.lookup(SPEC) == Schedule()
     with warnings.catch_warnings():
@@ -197,7 +198,7 @@ def converted():
 def test_a_model_runs_the_measured_schedule_and_the_report_says_so() -> None:
     model, x = converted(), torch.randn(5, 64)
     spec = tuning.specs_of(model)[0]
-    schedules.STORE.add([entry(spec, Schedule(break_even=((3, 0.9),)))])
+    STORE.add([entry(spec, Schedule(break_even=((3, 0.9),)))])
     d2d.set_tau(model, 0.0)
     fast = torch.compile(model, backend="d2dmoe")
     with torch.no_grad():
@@ -210,7 +211,7 @@ def test_a_model_runs_the_measured_schedule_and_the_report_says_so() -> None:
     assert copies >= 4 * 2 * 64 * 256 and f"copies of {copies / 1e6:.1f} MB" in text
     d2d.set_tau(model, 1.0)
     assert "dense from" not in str(d2d.explain(model, x))
-    schedules.STORE.add([entry(spec, Schedule(break_even=((2, 0.5),)))])
+    STORE.add([entry(spec, Schedule(break_even=((2, 0.5),)))])
     d2d.set_tau(model, 0.0)  # takes up what was measured meanwhile
     assert d2d.attachment.states(model)[0].dense_rows == 2
 
@@ -264,9 +265,9 @@ def test_commands(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", "show"]) == 0
     assert "64 x 1024 (16 experts) fp32: gelu(up)" in capsys.readouterr().out
     assert cli.main(["tune", "export", str(tmp_path / "all.json")]) == 0
-    (schedules.STORE.path).unlink()
+    (STORE.path).unlink()
     assert cli.main(["tune", "import", str(tmp_path / "all.json")]) == 0
-    assert len(schedules.STORE.read(schedules.STORE.path)) == 1
+    assert len(STORE.read(STORE.path)) == 1
 
 
 def test_bench_of_a_saved_conversion(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
