@@ -23,13 +23,14 @@ from torch.fx import GraphModule
 from .attachment import owner
 from .calling import Dispatching, Slot, operands_of
 from .capture import Captured, from_dynamo
+from .dumping import dump
 from .errors import D2DError, DenseFallbackWarning, NoConversionError
 from .ir import Conversion, Miss
 from .lowering import lower
 from .options import Options
 from .passes import Match
 from .reading import load
-from .rewriting import dump, match, rewrite_captured, state_of
+from .rewriting import match, rewrite_captured, state_of
 from .state import State
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
 import torch
@@ -30,6 +30,7 @@ from .kernels import native
 from .kernels.expert_mlp.gpu import NAMES
 from .kernels.native import Spec
 from .load import Load
+from .recording import record_masks
 from .store import STORE
 
 LOADS = {  # numbers of tokens, executed shares
@@ -199,6 +200,27 @@ def of_native(spec: Spec, dtype: torch.dtype) -> GpuSpec:
         precision=devices.precision(dtype),
         dtype=NAMES[dtype],
     )
+
+
+def masks_of(
+    target: object, batches: Iterable[Any], specs: Iterable[GpuSpec]
+) -> dict[GpuSpec, Tensor]:
+    """The experts that a converted model's tokens choose, by kind of block; its sites one after another.
+
+    Raises TuningError where the target is not a model.
+    """
+    if not isinstance(target, nn.Module):
+        raise TuningError(
+            f"batches are for a converted model; the target is {type(target).__name__}."
+        )
+    recorded, wanted = record_masks(target, batches), set(specs)
+    found: dict[GpuSpec, list[Tensor]] = {}
+    for state in attached(target):
+        dtype = state.weight("down").dtype
+        spec = of_native(native.spec_of(state.experts, dtype), dtype)
+        if spec in wanted and state.site.name in recorded:
+            found.setdefault(spec, []).append(recorded[state.site.name])
+    return {spec: torch.cat(parts) for spec, parts in found.items()}
 
 
 def tune(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -220,14 +218,3 @@ def _fits(experts: Experts, weights: Mapping[str, Tensor]) -> bool:
     return {r: h["shape"] for r, h in experts.hashes.items()} == {
         role: list(weight.shape) for role, weight in weights.items()
     }
-
-
-def dump(stage: str, gm: GraphModule) -> None:
-    """Write a graph's code to the folder that D2D_DUMP names, if it is set."""
-    folder = os.environ.get("D2D_DUMP")
-    if folder:
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        number = len(list(path.glob("*.py")))
-        (path / f"{number:03d}_{stage}.py").write_text(gm.print_readable(print_output=False))
-        log.debug("wrote %s of stage %s", path, stage)

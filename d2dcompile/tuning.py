@@ -196,6 +196,7 @@ def tune(
     target: nn.Module | Conversion | Iterable[Spec],
     *,
     device: str | torch.device = "auto",
+    batches: Iterable[Any] | None = None,
     dtypes: Sequence[torch.dtype] = (),
     effort: str = "quick",
     budget: float = 120.0,
@@ -204,9 +205,11 @@ def tune(
     """Measure the kernels of all kinds of blocks and keep the fastest schedules for later runs.
 
     target: a converted model, a Conversion or kinds of blocks. device: "cpu", "cuda" or "auto", which is
-    where a model's weights are, else a GPU if there is one. dtypes: see `specs_of`; on a GPU bf16 for a
-    conversion. effort: "quick" or "full", how many numbers of tokens and repeats. budget: seconds, shared
-    out among the kinds; what it does not reach, and what other processes disturbed, keeps the default.
+    where a model's weights are, else a GPU if there is one. batches: what a converted model is called
+    with; GPU kernels are then tuned on the experts that it chooses, else on random masks. dtypes: see
+    `specs_of`; on a GPU bf16 for a conversion. effort: "quick" or "full", how many numbers of tokens and
+    repeats. budget: seconds, shared out among the kinds; what it does not reach, and what other processes
+    disturbed, keeps the default.
 
     Results are stored per user (`store.folder`) as each kind is done, and used by models compiled
     from then on.
@@ -218,7 +221,12 @@ def tune(
         kinds = gpu_tuning.specs_of(target, dtypes)
         if not kinds:
             raise TuningError("There is no kind of block to tune; expected at least one.")
-        return gpu_tuning.tune(kinds, where, effort=effort, budget=budget, progress=progress)
+        masks = None if batches is None else gpu_tuning.masks_of(target, batches, kinds)
+        return gpu_tuning.tune(
+            kinds, where, effort=effort, budget=budget, progress=progress, masks=masks
+        )
+    if batches is not None:
+        raise TuningError("batches are for tuning on a GPU; CPU kernels are tuned on random masks.")
     if effort not in ROWS:
         raise TuningError(f"effort is {effort!r}; expected one of {', '.join(ROWS)}.")
     specs = specs_of(target, dtypes)

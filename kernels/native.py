@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..dumping import dump_text
 from ..errors import ExpressionError, KernelError
 from ..ir import Experts, Schedule
 from . import build
@@ -135,7 +136,9 @@ def unfit(spec: Spec) -> str | None:
 @lru_cache(maxsize=128)
 def library(spec: Spec) -> ctypes.CDLL | None:
     """The compiled kernels of a spec, or None where they cannot be built (a warning says why)."""
-    found = build.load(source(spec))
+    text = source(spec)
+    dump_text("kernel.cpp", text)
+    found = build.load(text)
     if found is not None:
         found.d2d_lanes.restype = ctypes.c_int64
         found.d2d_run.restype = found.d2d_run_lists.restype = ctypes.c_int64

@@ -19,6 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+from ..dumping import dump_text
+from ..store import folder
+
 SKELETONS = Path(__file__).parent / "gpu"
 STAND_INS = ("activation",)  # functions of skeletons that a block's own take the place of
 _LOCK = threading.Lock()
@@ -53,8 +56,6 @@ def render(
 
 def path_of(source: str) -> Path:
     """Where the file of a source lies, written there first if need be."""
-    from ..store import folder
-
     name = f"d2d_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
     path = folder() / "triton" / name
     if not path.exists() or path.read_text(encoding="utf-8") != source:
@@ -70,6 +71,7 @@ def path_of(source: str) -> Path:
 def module(source: str) -> ModuleType:
     """The module of a source, imported once a process from its file."""
     path = path_of(source)
+    dump_text(path.name, source)
     with _LOCK:
         name = f"d2dcompile.kernels._generated.{path.stem}"
         found = importlib.util.spec_from_file_location(name, path)

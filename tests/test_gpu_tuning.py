@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from d2dcompile import cli, gpu_candidates, gpu_schedules, gpu_tuning
+from d2dcompile import (
+    Config,
+    cli,
+    convert,
+    gpu_candidates,
+    gpu_schedules,
+    gpu_tuning,
+    measure,
+    set_tau,
+    testing,
+)
 from d2dcompile.errors import TuningError
 from d2dcompile.gpu_candidates import modelled, ranked, text
 from d2dcompile.gpu_schedules import GpuEntry, GpuSpec, Where, bucket, choose, default, key
@@ -18,6 +28,7 @@ from d2dcompile.gpus import A100, H100, H200, MI300X
 from d2dcompile.kernels.expert_mlp import gpu
 from d2dcompile.kernels.native import Spec
 from d2dcompile.load import Load
+from d2dcompile.recording import record_masks
 from d2dcompile.store import STORE
 from d2dcompile.tuning import device_of
 
@@ -263,6 +274,24 @@ def test_kinds_of_blocks_of_models_and_shapes() -> None:
     assert gpu_tuning.specs_of(kinds_of_native(), [torch.float16])[0].dtype == "fp16"
     with pytest.raises(TuningError, match="float64"):
         gpu_tuning.specs_of(kinds_of_native(), [torch.float64])
+
+
+def test_a_models_own_routing_is_recorded_and_tuned_on() -> None:
+    torch.manual_seed(0)
+    model = testing.Stack(depth=2).eval()
+    batches = [torch.randn(40, 16) for _ in range(4)]
+    convert(model, batches, config=Config(experts=4), progress=False)
+    set_tau(model, 0.3)
+    masks = record_masks(model, batches)
+    stats = measure(model, batches)
+    assert {name: m.shape for name, m in masks.items()} == dict.fromkeys(stats.sites, (160, 4))
+    for name, mask in masks.items():
+        assert float(mask.float().mean()) == pytest.approx(stats.sites[name].executed)
+    specs = gpu_tuning.specs_of(model)
+    found = gpu_tuning.masks_of(model, batches, specs)
+    assert len(specs) == 1 and found[specs[0]].shape == (320, 4)
+    with pytest.raises(TuningError, match="converted model"):
+        gpu_tuning.masks_of([], batches, specs)
 
 
 def kinds_of_native() -> list[Spec]:

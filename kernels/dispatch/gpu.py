@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -18,14 +19,20 @@ PAIRS = 1 << 13  # (token, expert) pairs of such a program: with 2 ** 14 its reg
 WARPS = 8
 
 
-def module(d: int, router: int, experts: int, precision: str) -> ModuleType:
-    """The generated kernels of a router and its lists."""
+def source(d: int, router: int, experts: int, precision: str) -> str:
+    """The source of the kernels of a router and its lists."""
     constants: dict[str, bool | int | str] = {
         "D": d, "R": router, "R_PADDED": padded(router), "E": experts,
         "E_PADDED": padded(experts), "PRECISION": precision,
     }  # fmt: skip
     title = f"Routing of {experts} experts: {d} features, router width {router}."
-    return render.module(render.render(title, ["route.py"], constants))
+    return render.render(title, ["route.py"], constants)
+
+
+@lru_cache(maxsize=256)
+def module(d: int, router: int, experts: int, precision: str) -> ModuleType:
+    """The generated kernels of a router and its lists."""
+    return render.module(source(d, router, experts, precision))
 
 
 def block_rows(experts: int) -> int:

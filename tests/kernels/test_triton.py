@@ -7,7 +7,9 @@ the meaning in the same dtype.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from d2dcompile import gpu_schedules, testing
 from d2dcompile.gpu_schedules import GpuSchedule, GpuSpec
 from d2dcompile.gpus import H200
+from d2dcompile.kernels import render
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.dispatch import gpu as lists_gpu
 from d2dcompile.kernels.expert_mlp import expert_mlp, gpu, grouped
@@ -30,6 +33,7 @@ from d2dcompile.kernels.route import route
 from d2dcompile.load import Load
 from d2dcompile.tiles import Tile
 
+EXPECTED = Path(__file__).parent.parent / "expected"
 pytestmark = pytest.mark.triton
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDED = settings(max_examples=12, deadline=None)
@@ -301,3 +305,23 @@ def test_what_has_no_spelling_is_refused() -> None:
 def test_source_is_the_same_every_time_and_imports_by_itself() -> None:
     assert gpu.source(SPECS["gated"]) == gpu.source(SPECS["gated"])
     assert "silu" in gpu.source(SPECS["gated"]) and "silu" not in gpu.source(SPECS["plain"])
+
+
+@pytest.mark.parametrize("name", ["experts", "routing"])
+def test_generated_source(name) -> None:
+    """What a user reads; UPDATE_EXPECTED=1 accepts what it is now."""
+    spec = GpuSpec(768, 768, 24, 128, True, "gelu(gate) * p0 * up")
+    text = gpu.source(spec) if name == "experts" else lists_gpu.source(768, 128, 24, "ieee")
+    path = EXPECTED / f"triton_{name}.txt"
+    if os.environ.get("UPDATE_EXPECTED"):
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs; UPDATE_EXPECTED=1 accepts the new source"
+
+
+def test_dump_leaves_generated_files(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("D2D_DUMP", str(tmp_path / "dump"))
+    text = gpu.source(GpuSpec(48, 48, 3, 16, False, "relu6(up)"))
+    made = render.module(text)
+    (path,) = (tmp_path / "dump").iterdir()
+    assert path.read_text() == text and path.name.startswith("000_d2d_")
+    assert made.up is render.module(text).up
