@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from .errors import D2DWarning
 from .kernels import build, native
 from .kernels.device import has_triton
 from .kernels.dynamic_mlp import cpu
@@ -35,7 +37,7 @@ def lower(
     chosen: dict[str, State] = {}
     for found in matches:
         state = states[found.site.name]
-        if has_triton() and state.weight("down").device.type == "cuda":
+        if _on_gpu(state):
             forms[found.site.name] = "routed"
             continue
         reason = _unsuited(found, state) or _no_kernel(state)
@@ -50,13 +52,25 @@ def lower(
     for name, block in blocks.items():
         if int(block.record[0]):
             forms[name] = "record"
+    left = [name for name, form in forms.items() if form != "record"]
+    if int8 and left and not torch.is_grad_enabled():
+        warnings.warn(
+            f"int8=True has no effect on {len(left)} of {len(forms)} blocks ({', '.join(left[:3])}"
+            f"{', ...' if len(left) > 3 else ''}): only CPU kernels have int8 weights.",
+            D2DWarning,
+            stacklevel=2,
+        )
     if inductor and "record" in forms.values():
         cpu.lower()
     return forms
 
 
 def running(state: State) -> str:
-    """How an attached site runs on this CPU and why, for a report: kernel or ops, dense or not, copies."""
+    """How an attached site runs here and why, for a report: kernel or ops, dense or not, copies."""
+    if _on_gpu(state):
+        return (
+            f"Triton kernels for routing and experts; {state.expected_share():.2f} expected to run"
+        )
     reason = _no_kernel(state)
     if reason is not None:
         return f"separate ops, since {reason}"
@@ -71,6 +85,11 @@ def running(state: State) -> str:
     if state.packed_bytes:
         text.append(f"copies of {state.packed_bytes / 1e6:.1f} MB")
     return "; ".join(text)
+
+
+def _on_gpu(state: State) -> bool:
+    """Whether a site's weights are where Triton kernels run."""
+    return has_triton() and state.weight("down").device.type == "cuda"
 
 
 def _spec(state: State) -> native.Spec:

@@ -117,6 +117,8 @@ def add_placeholder(graph: Graph, name: str) -> Node:
     with graph.inserting_after(last[0]) if last else graph.inserting_before(first):
         node = graph.placeholder(name)
     node._dynamo_source = None  # AOTAutograd asks every placeholder
+    # At one address as parameters are: CUDA graphs then read it in place instead of a copy a replay.
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return node
 
 

@@ -15,6 +15,7 @@ from d2dcompile import testing
 from d2dcompile.attachment import states
 from d2dcompile.errors import (
     ConversionMismatchError,
+    D2DWarning,
     DenseFallbackWarning,
     NoConversionError,
     OptionError,
@@ -531,3 +532,31 @@ def test_expected_shares_follow_tau_and_end_with_the_site() -> None:
         state.operands()
     d2d.detach(model)
     assert address not in EXPECTED
+
+
+def test_int8_without_a_kernel_says_so() -> None:
+    """These blocks are smaller than what is worth compiling, so that no kernel runs them."""
+    model = converted()
+    with (
+        torch.no_grad(),
+        pytest.warns(D2DWarning, match=r"int8=True has no effect on 2 of 2 blocks"),
+    ):
+        compiled(model, int8=True)(torch.randn(3, 16))
+
+
+def test_operands_are_static_inputs_for_cuda_graphs(monkeypatch) -> None:
+    """What Inductor copies at every replay is the input alone, not weights and routers."""
+    from torch._inductor import compile_fx
+
+    seen = []
+    inner = compile_fx._compile_fx_inner
+
+    def spy(gm, example_inputs, **kwargs):
+        seen.append((len(example_inputs), list(kwargs["static_input_idxs"])))
+        return inner(gm, example_inputs, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", spy)
+    with torch.no_grad(), inductor.patch(force_disable_caches=True):
+        compiled(converted(), inner="inductor")(torch.randn(3, 16))
+    ((count, static),) = seen
+    assert len(static) == count - 1
