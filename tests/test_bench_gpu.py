@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +117,24 @@ def test_finished_groups_are_kept_and_the_table_renders(monkeypatch, tmp_path, c
     assert "not timed" not in capsys.readouterr().out
     assert json.loads(result.read_text()) == before
     assert gpu_report.tables(before).count("\n| 32x64") == 3
+
+
+def test_a_candidate_that_breaks_its_process_is_left_out_of_the_next(monkeypatch, tmp_path) -> None:
+    calls: list[list[str]] = []
+
+    def broken_once(command: list[str], path: Path, limit: float, bind: bool) -> dict[str, object]:
+        calls.append(command[command.index("--without") + 1 :])
+        if len(calls) > 1:
+            return {"failed": {}}
+        path.with_suffix(".trying").write_text("ours decode")
+        return {"broken": "an illegal memory access"}
+
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    monkeypatch.setattr(gpu.groups, "run_group", broken_once)
+    given = Namespace(without=["inductor"], repeats=1, dry=True)
+    record = gpu.run_group("name", given, until=time.time() + 600)
+    assert calls == [["inductor"], ["inductor", "ours decode"]]
+    assert record["failed"] == {"ours decode": "broke its process: an illegal memory access"}
 
 
 def test_masks_have_the_shares_they_are_asked_for() -> None:
