@@ -8,7 +8,8 @@ dense layer, torch's grouped_mm and transformers' experts for the same masks; be
 of equal active width and the device's limits. First of all: does the path survive capture, and are its
 bits the same every time? Each group (shape, dtype, T) is one process, all candidates in turns; finished
 groups are kept in the JSON and not run again, so a run that reaches its minutes goes on where it stopped.
-What gives a wrong answer is not timed. --dry runs all of it on toys in Triton's interpreter.
+What gives a wrong answer is not timed. --dry runs all of it on toys in Triton's interpreter; --model
+prints what the cost model expects.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
         "--table", action="store_true", help="print the tables of the JSON and stop"
+    )
+    parser.add_argument(
+        "--model", action="store_true", help="print the cost model's figures and stop"
     )
     parser.add_argument("--dry", action="store_true", help="toys in Triton's interpreter, no GPU")
     parser.add_argument("--result", type=Path, help="where the JSON is kept")
@@ -133,6 +137,11 @@ def main() -> None:
         return
     if given.table:
         print(gpu_report.tables(json.loads(given.result.read_text())))
+        return
+    if given.model:
+        import gpu_model
+
+        print(gpu_model.tables())
         return
     import torch
 
