@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.d2dcompile-installed
 
-.PHONY: demo ablate test check bench-cpu bench-models bench-cluster bench-matching bench-universe clean
+.PHONY: demo ablate test check bench-cpu bench-gpu bench-models bench-cluster bench-matching bench-universe clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py --out out/quickstart
@@ -25,6 +25,9 @@ check: $(STAMP)
 
 bench-cpu: $(STAMP)
 	$(BIN)/python benchmarks/cpu.py
+
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 bench-models: $(STAMP)
 	$(BIN)/python benchmarks/models.py

@@ -77,7 +77,7 @@ def main() -> None:
     if given.table:
         print(cpu_report.tables(json.loads(result.read_text())))
         return
-    found = groups.load(result, COMMAND, given.fresh)
+    found = groups.load(result, groups.header(COMMAND), given.fresh)
     for case in cases(given.quick):
         name = str(case)
         if given.only and not any(f"{part}-" in f"{name}-" for part in given.only):

@@ -1,69 +1,43 @@
-"""What the cost model says of the GPU kernels, beside the goals; nothing here is measured.
-
-    python benchmarks/gpu_model.py [--gpu H200]
-
-Times faster than the dense block by the closed-form schedule and by the best candidate, routing included,
-and how many candidates a quick tuning run would compile. A model: to be replaced by benchmarks/gpu.py.
-"""
+"""What the cost model expects of the cases of benchmarks/gpu.py: no GPU, no measurement."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 
-from d2dcompile import cost
-from d2dcompile.gpu_candidates import modelled, ranked, text
-from d2dcompile.gpu_schedules import GpuSpec, default
-from d2dcompile.gpus import GPUS, Gpu
-from d2dcompile.load import Load
+from gpu_cases import CASES, Case, Cell
 
-LLAMA = GpuSpec(4096, 4096, 112, 128, True, "silu(gate) * up")
-VIT = GpuSpec(768, 768, 24, 128, False, "gelu(up)")
-VIT_FP32 = GpuSpec(768, 768, 24, 128, False, "gelu(up)", dtype="fp32")
-GOALS = (  # block, tokens, executed share, union (None: independent routing), goal
-    (LLAMA, 1, 0.10, None, 6.0),
-    (LLAMA, 1, 0.25, None, 3.2),
-    (LLAMA, 1, 0.50, None, 1.8),
-    (LLAMA, 8, 0.10, 0.20, 3.5),
-    (LLAMA, 64, 0.10, 0.20, 3.5),
-    (LLAMA, 64, 0.10, None, 0.97),
-    (LLAMA, 4096, 0.10, None, 4.0),
-    (LLAMA, 4096, 0.25, None, 1.9),
-    (VIT, 50432, 0.10, None, 2.8),
-    (VIT, 50432, 0.25, None, 1.5),
-    (VIT_FP32, 50432, 0.25, None, 3.0),
-)
+from d2dcompile.cost import STRATEGIES, dense_time, moe_times
+from d2dcompile.gpus import GPUS
+from d2dcompile.load import Block, Load
+
+NAMES = ("H100", "H200")
 
 
-def row(gpu: Gpu, spec: GpuSpec, load: Load, goal: float) -> str:
-    """One line of the table."""
-    block = spec.block()
-    dense, router = cost.dense_time(gpu, block, load.tokens), cost.router_time(gpu, block, load)
+def tables() -> str:
+    """A table a GPU: microseconds of the dense layer and of each strategy, router included."""
+    return "\n\n".join("\n".join(_table(name)) for name in NAMES)
 
-    def faster(seconds: float, strategy: str) -> float:
-        return dense / (seconds + (0.0 if strategy == "dense" else router))
 
-    own = default(spec, load, gpu)
-    candidates = ranked(spec, load, gpu, 32)
-    best = max(candidates, key=lambda s: faster(modelled(spec, load, gpu, s), s.strategy))
-    speeds = [faster(modelled(spec, load, gpu, s), s.strategy) for s in (own, best)]
-    return (
-        f"| {spec} | {load.tokens} | {load.share:.0%} | {load.used:.0%} | {goal:g}x | "
-        f"{speeds[0]:.2f}x | {speeds[1]:.2f}x | {text(own)} |"
+def block(case: Case) -> Block:
+    return Block(
+        case.width, case.width, case.hidden, case.experts, case.router, case.gated, case.dtype
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", choices=GPUS, default="H200")
-    gpu = GPUS[parser.parse_args().gpu]
-    print(f"Modelled for {gpu.name}, not measured.\n")
-    print(
-        "| block | tokens | executed | used | goal | default | best candidate | default schedule |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for spec, tokens, share, union, goal in GOALS:
-        print(row(gpu, spec, Load(tokens, share, union), goal))
+def load(case: Case, cell: Cell) -> Load:
+    """Of many tokens, as many experts as independent choices would use."""
+    return Load(case.tokens, cell.share, cell.union)
 
 
-if __name__ == "__main__":
-    main()
+def _table(name: str) -> Iterator[str]:
+    yield f"Modelled, not measured: {name}, us a layer."
+    yield ""
+    yield f"| case | dense | {' | '.join(STRATEGIES)} | vs dense |"
+    yield "|---|---|" + "---|" * (len(STRATEGIES) + 1)
+    for case in CASES:
+        dense = dense_time(GPUS[name], block(case), case.tokens)
+        for cell in case.cells:
+            times = moe_times(GPUS[name], block(case), load(case, cell))
+            cells = [f"{times[way] * 1e6:.1f}" if way in times else "-" for way in STRATEGIES]
+            best = dense / min(times.values())
+            yield f"| {case} {cell} | {dense * 1e6:.1f} | {' | '.join(cells)} | {best:.2f} |"

@@ -39,7 +39,7 @@ def threads() -> int:
     return int(os.environ["OMP_NUM_THREADS"])
 
 
-def header(command: str) -> Record:
+def header(command: str, packages: Sequence[str] = ("torch", "transformers")) -> Record:
     """The command, the versions and the machine that figures belong to."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -47,7 +47,7 @@ def header(command: str) -> Record:
     return {
         "command": command,
         "versions": {
-            **{name: version(name) for name in ("torch", "transformers")},
+            **{name: version(name) for name in packages},
             "python": platform.python_version(),
         },
         "machine": {
@@ -57,9 +57,8 @@ def header(command: str) -> Record:
     }
 
 
-def load(path: Path, command: str, fresh: bool) -> Record:
-    """What is already measured; exits if that was another machine or other versions."""
-    now = header(command)
+def load(path: Path, now: Record, fresh: bool) -> Record:
+    """What is already measured; exits if that has another header than `now`."""
     if fresh or not path.exists():
         return {**now, "groups": {}, "broken": {}}
     found: Record = json.loads(path.read_text())
@@ -69,20 +68,21 @@ def load(path: Path, command: str, fresh: bool) -> Record:
     return found
 
 
-def run_group(command: Sequence[str], path: Path, limit: int) -> Record:
+def run_group(command: Sequence[str], path: Path, limit: float, bind: bool = True) -> Record:
     """The record that a Python command writes to `path`; {"broken": reason} if it died.
 
-    command: arguments of the interpreter. limit: seconds, compiling included. Its output goes to a
-    .log file beside `path`.
+    command: arguments of the interpreter. limit: seconds, compiling included. bind: whether its
+    threads, and with them the processes it starts, have a core each. Its output goes to a .log file
+    beside `path`.
     """
     path.unlink(missing_ok=True)
     numbers = cores()
-    env = {
-        **os.environ,
+    bound = {
         "OMP_NUM_THREADS": str(len(numbers)),
         "GOMP_CPU_AFFINITY": " ".join(map(str, numbers)),
         "OMP_PROC_BIND": "true",
     }
+    env = {**os.environ, **(bound if bind else {})}
     code: int | str
     with open(path.with_suffix(".log"), "w") as log:
         try:
@@ -90,7 +90,7 @@ def run_group(command: Sequence[str], path: Path, limit: int) -> Record:
                 [sys.executable, *command], env=env, stdout=log, stderr=log, timeout=limit
             ).returncode
         except subprocess.TimeoutExpired:
-            code = f"took longer than {limit} s"
+            code = f"took longer than {limit:.0f} s"
     if not path.exists():
         tail = path.with_suffix(".log").read_text().splitlines()[-1:]
         return {"broken": f"exit {code}: {' '.join(tail)}"}

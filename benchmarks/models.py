@@ -66,7 +66,7 @@ def main() -> None:
     if given.table:
         print(models_report.tables(json.loads(result.read_text())))
         return
-    found = groups.load(result, COMMAND, given.fresh)
+    found = groups.load(result, groups.header(COMMAND), given.fresh)
     for name in (*map(str, cases(given.quick)), MINILM):
         if given.only and not any(part in name for part in given.only):
             continue
