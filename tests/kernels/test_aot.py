@@ -164,7 +164,7 @@ print(hits, found.hash, found.registers, found.instructions["total"])
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env={
-            **os.environ,
+            **{k: v for k, v in os.environ.items() if k != workers.INTERPRET},
             "TRITON_CACHE_DIR": str(cache),
             "PYTHONPATH": os.pathsep.join(sys.path),
         },
