@@ -24,10 +24,9 @@ def gated(scores, offs_t, rows, tau_ptr):
     offs_e = tl.arange(0, E_PADDED)
     real = (offs_t < rows)[:, None] & (offs_e < E)[None, :]
     strange = tl.max((scores != scores).to(tl.int32), 1) > 0
-    known = tl.where(real & (scores == scores), scores, 0.0)
     tau = tl.load(tau_ptr).to(tl.float32, bitcast=True)
-    dropped = (scores < (tau * tl.max(known, 1))[:, None]) & (strange == 0)[:, None]
-    return (real & (dropped == 0)).to(tl.int32)
+    limit = tl.where(strange, -1.0, tau * tl.max(scores, 1))  # scores are no less than 0
+    return (real & ((scores < limit[:, None]) == 0)).to(tl.int32)
 
 
 @triton.jit
@@ -113,7 +112,7 @@ def route_few(
     offs_t, offs_r = tl.arange(0, BLOCK_T), tl.arange(0, R_PADDED)
     inside = (offs_t < rows)[:, None] & (offs_r < R)[None, :]
     hidden = tl.zeros((BLOCK_T, R_PADDED), tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in tl.range(0, SPLITS, num_stages=3):  # on their way together, yet not in registers
         part = parts_ptr + (s * rows + offs_t)[:, None] * R + offs_r[None, :]
         hidden += tl.load(part, mask=inside, other=0.0)
     hidden = tl.where(hidden < 0, 0.0, hidden)  # relu that lets NaN pass

@@ -35,7 +35,8 @@ def run(x: Tensor, router1: Tensor, router2: Tensor, tau: Tensor) -> tuple[Tenso
         return lists
     block = block_rows(experts)
     if rows <= block:
-        few, part = padded(rows), padded(min(d, 256))
+        few = padded(rows)
+        part = padded(min(d, (512 if few == 16 else 256) // x.element_size()))
         parts = x.new_empty(SPLITS, rows, width, dtype=torch.float32)
         launch(
             kernels.hidden_few, (-(-width // 16), SPLITS), x, w1, parts, rows,
