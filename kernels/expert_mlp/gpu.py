@@ -211,13 +211,12 @@ class Call:
         hidden, spec = self._up(schedule), self.spec
         chunk = columns_at_once(spec, len(self.rows), schedule.down.block_n)
         products = hidden.new_empty(len(hidden), chunk)
-        block = min(padded(chunk), MOST_COLUMNS)
         for column in range(0, spec.out, chunk):
             self._down(schedule, hidden, products, column, chunk)
             launch(
-                self.kernels.combine, (len(self.rows), -(-chunk // block)),
+                self.kernels.combine, (len(self.rows), -(-chunk // _columns(chunk))),
                 products, self.slots, self.b_down, self.y, column,
-                CHUNK=chunk, BLOCK_N=block, BLOCK_J=4, warps=4,
+                CHUNK=chunk, **_sums(products),
             )  # fmt: skip
 
     def summed(self, products: Tensor) -> Tensor:
@@ -225,10 +224,9 @@ class Call:
         width = products.shape[1]
         total = products.new_empty(len(self.rows), width)
         if len(total):
-            block = min(padded(width), MOST_COLUMNS)
             launch(
-                self.kernels.sum_pairs, (len(total), -(-width // block)),
-                products, self.slots, total, WIDTH=width, BLOCK_N=block, BLOCK_J=4, warps=4,
+                self.kernels.sum_pairs, (len(total), -(-width // _columns(width))),
+                products, self.slots, total, WIDTH=width, **_sums(products),
             )  # fmt: skip
         return total
 
@@ -236,7 +234,7 @@ class Call:
         hidden, spec = self._up(schedule), self.spec
         sums = hidden.new_zeros(len(self.rows), spec.out, dtype=torch.float32)
         self._down(schedule, hidden, sums, 0, spec.out)
-        block = min(padded(spec.out), MOST_COLUMNS)
+        block = _columns(spec.out)
         launch(
             self.kernels.finish, (len(self.rows), -(-spec.out // block)),
             sums, self.b_down, self.y, BLOCK_N=block, warps=4,
@@ -320,6 +318,21 @@ def _options(tile: Tile) -> dict[str, int]:
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "warps": tile.warps, "stages": tile.stages,
     }  # fmt: skip
+
+
+def _columns(width: int) -> int:
+    """Columns of a program that adds up pairs."""
+    return min(padded(width), MOST_COLUMNS)
+
+
+def _sums(products: Tensor) -> dict[str, int]:
+    """How products [pairs, C] are added up: 16 bytes of a row a lane, so that no sum crosses warps.
+
+    Eight rows at once are 4 KB a warp under way (with 16, registers let fewer warps run).
+    """
+    columns = _columns(products.shape[1])
+    warps = max(1, columns * products.element_size() // 512)
+    return {"BLOCK_N": columns, "BLOCK_J": 8, "warps": warps}
 
 
 def _weight(weight: Tensor | None, tma: bool, box: list[int]) -> Any:
