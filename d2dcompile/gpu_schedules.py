@@ -23,7 +23,7 @@ from .gpus import GPUS, H100, Gpu
 from .kernels.render import SKELETONS
 from .load import Block, Load
 from .store import Store
-from .tiles import Gemm, Tile, default_tile, down_gemm, up_gemm
+from .tiles import LINE, Gemm, Tile, default_tile, down_gemm, up_gemm
 
 STRATEGIES = ("decode", "pairs", "atomic", "dense")
 FEW = 64  # tokens up to which the union of chosen experts is streamed
@@ -226,10 +226,12 @@ def default(spec: GpuSpec, load: Load, gpu: Gpu, dense: bool = True) -> GpuSched
 def of_strategy(strategy: str, spec: GpuSpec, load: Load, gpu: Gpu) -> GpuSchedule:
     """A strategy's schedule with default tiles."""
     if strategy == "decode":
-        return _decode(spec, load.tokens)
+        return _decode(spec, load, gpu)
     swap = gpu.target == "sm_90" and load.rows < SWAP_BELOW
     up, down = gemms(spec, load, swap)
     tiles = [turned(default_tile(gpu, gemm), swap) for gemm in (up, down)]
+    if strategy == "atomic" and gpu.target != "sm_90":  # every sum has an address: registers spill
+        tiles[1] = replace(tiles[1], block_n=min(64, tiles[1].block_n))
     return GpuSchedule(strategy, tiles[0], tiles[1], swap=swap)
 
 
@@ -246,14 +248,38 @@ def turned(tile: Tile, swap: bool) -> Tile:
     return replace(tile, block_m=tile.block_n, block_n=tile.block_m) if swap else tile
 
 
-def _decode(spec: GpuSpec, tokens: int) -> GpuSchedule:
-    line = 128 // spec.itemsize  # values of one line of memory
-    if tokens == 1:
+def _decode(spec: GpuSpec, load: Load, gpu: Gpu) -> GpuSchedule:
+    if load.tokens == 1:
         neurons = max(1, min(8, WHOLE // padded(spec.d)))
         down = Tile(1, 128, min(128, padded(spec.size)), 8, 1)
         return GpuSchedule("decode", Tile(1, neurons, padded(spec.d), 8, 1), down)
-    up = Tile(padded(tokens), 16, min(4 * line, padded(spec.d)), 4, 4)
-    return GpuSchedule("decode", up, Tile(padded(tokens), 128, 32, 4, 4))
+    tokens, block = padded(load.tokens), spec.block()
+    neurons = _neurons(spec, load, gpu)
+    line = LINE // spec.itemsize
+    inner = min(64 // neurons * line, padded(spec.d))
+    up = replace(up_gemm(block, load), swapped=True)
+    down = Tile(tokens, 128, min(line, padded(spec.size)), 4, 3)
+    return GpuSchedule(
+        "decode",
+        turned(_fitting(gpu, up, Tile(neurons, tokens, inner, 4, 4)), True),
+        _fitting(gpu, down_gemm(block, load), down),
+    )
+
+
+def _neurons(spec: GpuSpec, load: Load, gpu: Gpu) -> int:
+    """Rows of a weight in a tile of few tokens: 64, or fewer where SMs were left without a tile.
+
+    Every tile reads all of x again, so low ones take more from L2 than from memory; wgmma needs 64.
+    """
+    used = spec.experts * load.used
+    full = (n for n in (64, 32) if spec.size % n == 0 and used * (spec.size // n) >= gpu.sms)
+    return next(full, 16)
+
+
+def _fitting(gpu: Gpu, gemm: Gemm, tile: Tile) -> Tile:
+    """A tile with as many of its buffers, two at least, as leave room for two CTAs on an SM."""
+    tiles = [replace(tile, stages=n) for n in range(tile.stages, 1, -1)]
+    return next((t for t in tiles if t.resident(gpu, gemm) >= 2), tiles[-1])
 
 
 def chunks(spec: GpuSpec, tokens: int, block_n: int = 128) -> int:
