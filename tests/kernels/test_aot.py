@@ -164,7 +164,7 @@ print(hits, found.hash, found.registers, found.instructions["total"])
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env={
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != workers.INTERPRET},
             "TRITON_CACHE_DIR": str(cache),
             "PYTHONPATH": os.pathsep.join(sys.path),
         },
