@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2dcompile.gpu_schedules import FEW, GpuSpec
+from d2dcompile.gpu_blocks import FEW, GpuSpec
 from d2dcompile.kernels import device
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.expert_mlp import expert_mlp

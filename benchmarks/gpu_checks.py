@@ -20,7 +20,7 @@ from gpu_device import Place, Replay
 from torch import Tensor
 
 from d2dcompile.kernels.expert_mlp import expert_mlp
-from d2dcompile.kernels.expert_mlp.gpu import Call
+from d2dcompile.kernels.expert_mlp.call import Call
 from d2dcompile.kernels.gate import tau_bits
 from d2dcompile.kernels.route import gpu as router
 from d2dcompile.kernels.route import route

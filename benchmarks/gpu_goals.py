@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 
 from d2dcompile import cost
+from d2dcompile.gpu_blocks import GpuSpec
 from d2dcompile.gpu_candidates import modelled, ranked, text
-from d2dcompile.gpu_schedules import GpuSpec, default
+from d2dcompile.gpu_defaults import default
 from d2dcompile.gpus import GPUS, Gpu
 from d2dcompile.load import Load
 

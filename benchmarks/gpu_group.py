@@ -19,7 +19,7 @@ from gpu_device import Place, Replay, Timing
 from gpu_rivals import Dense
 from torch import Tensor
 
-from d2dcompile.gpu_schedules import GpuSchedule
+from d2dcompile.gpu_blocks import GpuSchedule
 
 Limits = Mapping[str, tuple[Replay, float]]
 

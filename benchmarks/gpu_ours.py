@@ -10,11 +10,12 @@ from typing import Any
 from gpu_cases import Case, Cell, Layer
 from torch import Tensor
 
-from d2dcompile.gpu_schedules import FEW, GpuSchedule, of_strategy
+from d2dcompile.gpu_blocks import FEW, GpuSchedule
+from d2dcompile.gpu_defaults import of_strategy
 from d2dcompile.gpus import H200
 from d2dcompile.kernels import device
 from d2dcompile.kernels.dispatch import dispatch
-from d2dcompile.kernels.expert_mlp.gpu import Call
+from d2dcompile.kernels.expert_mlp.call import Call
 from d2dcompile.kernels.gate import tau_bits
 from d2dcompile.kernels.route import gpu as router
 from d2dcompile.load import Load

@@ -8,7 +8,8 @@ from itertools import islice, product, zip_longest
 from math import ceil
 
 from . import cost
-from .gpu_schedules import FEW, GpuSchedule, GpuSpec, chunks, default, gemms, of_strategy, turned
+from .gpu_blocks import FEW, GpuSchedule, GpuSpec, chunks
+from .gpu_defaults import default, gemms, of_strategy, turned
 from .gpus import H100, Gpu
 from .load import Load
 from .tiles import Tile, candidates, estimate

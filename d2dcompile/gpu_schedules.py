@@ -17,81 +17,16 @@ from typing import Any
 
 import torch
 
-from . import cost
 from .errors import TuningError
+from .gpu_blocks import FEW, STRATEGIES, GpuSchedule, GpuSpec
+from .gpu_defaults import default
 from .gpus import GPUS, H100, Gpu
 from .kernels.render import SKELETONS
-from .load import Block, Load
+from .load import Load
 from .store import STORE
-from .tiles import Gemm, Tile, default_tile, down_gemm, up_gemm
+from .tiles import Tile
 
-STRATEGIES = ("decode", "pairs", "atomic", "dense")
-FEW = 64  # tokens up to which the union of chosen experts is streamed
 SHARE = 0.2  # executed share that is expected where nothing is known
-ROUTER = 128  # router's width that the cost model takes where nothing is known
-ROWS_BYTES = 256 << 20  # of the buffer of pairs' products, whose columns are worked off in chunks
-SWAP_BELOW = 64  # rows an expert: wgmma needs 64 rows of its first operand
-WHOLE = 1 << 15  # values of a weight that a program of the one-token kernel holds at once
-
-
-@dataclass(frozen=True)
-class GpuSpec:
-    """What generated kernels depend on.
-
-    Attributes:
-        d, out: features of the block's input and output. experts, size: E experts of F neurons.
-        gated, activation: as of a Site.
-        dtype: "bf16", "fp16" or "fp32". precision: "ieee" or "tf32", how fp32 is multiplied.
-    """
-
-    d: int
-    out: int
-    experts: int
-    size: int
-    gated: bool
-    activation: str
-    precision: str = "ieee"
-    dtype: str = "bf16"
-
-    def __str__(self) -> str:
-        kind = "gated" if self.gated else "plain"
-        return f"{kind} {self.d} -> {self.experts} x {self.size} -> {self.out} {self.dtype}"
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a value."""
-        return 4 if self.dtype == "fp32" else 2
-
-    def block(self, router: int = ROUTER) -> Block:
-        """The block as the cost model sees it."""
-        dtype = "tf32" if self.precision == "tf32" else self.dtype
-        hidden = self.experts * self.size
-        return Block(self.d, self.out, hidden, self.experts, router, self.gated, dtype)
-
-
-@dataclass(frozen=True)
-class GpuSchedule:
-    """How a block runs under one load.
-
-    Attributes:
-        strategy: "decode": the weights of the union of chosen experts are read once by the whole device;
-            up to FEW tokens. "pairs": tokens grouped per expert, each pair's product stored, those of a
-            token added in the order of its experts. "atomic": the same, added with atomics, so that the
-            last bits vary. "dense": every expert, through the device's own matrix product.
-        up, down: tiles of the two products: block_m tokens or pairs, block_n neurons or columns.
-        swap: whether weights are the first operand, for few rows an expert.
-        tma: whether weights are read through descriptors (Hopper and later).
-        splits: programs that share the chosen experts for the same columns of the output (decode).
-        per_multiprocessor: programs of the persistent kernels.
-    """
-
-    strategy: str
-    up: Tile
-    down: Tile
-    swap: bool = False
-    tma: bool = False
-    splits: int = 8
-    per_multiprocessor: int = 2
 
 
 @dataclass(frozen=True)
@@ -207,71 +142,6 @@ def _choose(
     if isinstance(found, GpuEntry) and (dense or found.schedule.strategy != "dense"):
         return found.schedule
     return default(spec, load, gpu_of(device), dense)
-
-
-def default(spec: GpuSpec, load: Load, gpu: Gpu, dense: bool = True) -> GpuSchedule:
-    """The closed-form schedule: the strategy that the cost model ranks first, with default tiles.
-
-    dense: whether running every expert takes part.
-    """
-    block = spec.block()
-    times = {"pairs": cost.pairs_time(gpu, block, load, chunks(spec, load.tokens))}
-    if load.tokens <= FEW:
-        times["decode"] = cost.union_time(gpu, block, load)
-    if dense:
-        times["dense"] = cost.dense_time(gpu, block, load.tokens)
-    return of_strategy(min(times, key=lambda name: times[name]), spec, load, gpu)
-
-
-def of_strategy(strategy: str, spec: GpuSpec, load: Load, gpu: Gpu) -> GpuSchedule:
-    """A strategy's schedule with default tiles."""
-    if strategy == "decode":
-        return _decode(spec, load.tokens)
-    swap = gpu.target == "sm_90" and load.rows < SWAP_BELOW
-    up, down = gemms(spec, load, swap)
-    tiles = [turned(default_tile(gpu, gemm), swap) for gemm in (up, down)]
-    return GpuSchedule(strategy, tiles[0], tiles[1], swap=swap)
-
-
-def gemms(spec: GpuSpec, load: Load, swap: bool) -> tuple[Gemm, Gemm]:
-    """The two grouped products of a load."""
-    block = spec.block()
-    return replace(up_gemm(block, load), swapped=swap), replace(
-        down_gemm(block, load), swapped=swap
-    )
-
-
-def turned(tile: Tile, swap: bool) -> Tile:
-    """A tile of a product whose first operand is the weights, with tokens as block_m again."""
-    return replace(tile, block_m=tile.block_n, block_n=tile.block_m) if swap else tile
-
-
-def _decode(spec: GpuSpec, tokens: int) -> GpuSchedule:
-    line = 128 // spec.itemsize  # values of one line of memory
-    if tokens == 1:
-        neurons = max(1, min(8, WHOLE // padded(spec.d)))
-        down = Tile(1, 128, min(128, padded(spec.size)), 8, 1)
-        return GpuSchedule("decode", Tile(1, neurons, padded(spec.d), 8, 1), down)
-    up = Tile(padded(tokens), 16, min(4 * line, padded(spec.d)), 4, 4)
-    return GpuSchedule("decode", up, Tile(padded(tokens), 128, 32, 4, 4))
-
-
-def chunks(spec: GpuSpec, tokens: int, block_n: int = 128) -> int:
-    """In how many parts the columns of the output are worked off."""
-    return -(-spec.out // chunk(spec, tokens, block_n))
-
-
-def chunk(spec: GpuSpec, tokens: int, block_n: int) -> int:
-    """Columns of the output that are worked off at once, so that pairs' products stay below ROWS_BYTES."""
-    pairs, columns = tokens * spec.experts, -(-spec.out // block_n) * block_n
-    while columns > block_n and pairs * columns * spec.itemsize > ROWS_BYTES:
-        columns = -(-columns // 2 // block_n) * block_n
-    return columns
-
-
-def padded(size: int, least: int = 16) -> int:
-    """The smallest power of two that is no less than size and `least`."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def _entry(item: Any) -> GpuEntry:

@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from .errors import TuningError
+from .gpu_blocks import GpuSchedule, GpuSpec
 from .gpu_candidates import ranked, text
-from .gpu_schedules import GpuSchedule, GpuSpec, gpu_of
+from .gpu_schedules import gpu_of
 from .gpu_tuning import COMPILED
 from .gpus import TARGETS, Gpu
 from .kernels import device as devices
 from .kernels.aot import compile_all
 from .kernels.dispatch import dispatch
 from .kernels.expert_mlp import expert_mlp
-from .kernels.expert_mlp.gpu import NAMES, Call, launches, scalar_count
+from .kernels.expert_mlp.call import NAMES, Call, launches, scalar_count
 from .kernels.launching import Launched
 from .kernels.native import SLABS
 from .kernels.resources import Resources

@@ -21,13 +21,15 @@ from tqdm.auto import tqdm
 
 from .attachment import attached
 from .errors import TuningError
+from .gpu_blocks import GpuSchedule, GpuSpec
 from .gpu_candidates import modelled, ranked, text
-from .gpu_schedules import GpuEntry, GpuSchedule, GpuSpec, Where, bucket, default, key
+from .gpu_defaults import default
+from .gpu_schedules import GpuEntry, Where, bucket, key
 from .gpus import BYTES, Gpu
 from .ir import Conversion
 from .kernels import device as devices
 from .kernels import native
-from .kernels.expert_mlp.gpu import NAMES
+from .kernels.expert_mlp.call import NAMES
 from .kernels.native import Spec
 from .load import Load
 from .recording import record_masks

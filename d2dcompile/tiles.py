@@ -170,30 +170,36 @@ def _wave(gpu: Gpu, gemm: Gemm, tile: Tile, resident: int) -> float:
 def default_tile(gpu: Gpu, gemm: Gemm) -> Tile:
     """The tile in closed form, usable without any measurement; no rule ever drops it.
 
-    Rows: the power of two from the mean of a group, 16 to 128; a memory line of the inner dimension; 4096
-    sums a warp; a buffer for each step as far as they fit, four at most (vLLM's and triton_kernels'
-    choices look alike).
+    Rows: the power of two from the mean of a group, 16 to 128; a memory line of the inner dimension, less
+    where that is shorter; half the sums where mma.sync keeps operands in the registers beside them; 2048
+    sums a warp, 64 of a thread, with which two CTAs of 128 x 128 share an SM (one's result leaves while
+    the other multiplies); a buffer for each step, four at most, and three where that makes room for the
+    second CTA (vLLM's and triton_kernels' choices look alike).
     """
     value = BYTES[gemm.dtype]
     few = min(128, max(16, _power(gemm.rows)))
     wide = min(128, max(32, _power(gemm.n)))
     rows, columns = (max(64, wide), few) if gemm.swapped else (few, wide)
-    while rows * columns * gemm.outputs > MOST_ACCUMULATORS * gpu.warp * MOST_WARPS:
+    most = MOST_ACCUMULATORS // 2 if gpu.target == "sm_80" else MOST_ACCUMULATORS
+    while rows * columns * gemm.outputs > most * gpu.warp * MOST_WARPS:
         columns //= 2
-    warps = min(MOST_WARPS, max(4, rows * columns * gemm.outputs // 4096))
+    warps = min(MOST_WARPS, max(4, rows * columns * gemm.outputs // 2048))
     while rows * columns * gemm.outputs < FEWEST_ACCUMULATORS * gpu.warp * warps:
         if warps > 1:
             warps //= 2
         else:
             columns *= 2
+    line = LINE // value if gemm.k >= LINE // value else LINE // value // 2
     fitting = [
         tile
-        for inner in (LINE // value, LINE // value // 2)
+        for inner in (line, line // 2)
         for stages in (4, 3, 2)
         if stages <= max(2, ceil(gemm.k / inner))
         and unfit(gpu, gemm, tile := Tile(rows, columns, inner, warps, stages)) is None
     ]
-    return fitting[0]
+    inner = fitting[0].block_k
+    deep = [t for t in fitting if t.block_k == inner and t.stages >= min(3, ceil(gemm.k / inner))]
+    return next((tile for tile in deep if tile.resident(gpu, gemm) >= 2), fitting[0])
 
 
 def candidates(gpu: Gpu, gemm: Gemm, limit: int = 24) -> list[tuple[Tile, float]]:

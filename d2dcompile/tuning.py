@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from . import gpu_tuning, schedules, timing
 from .attachment import attached
 from .errors import D2DWarning, TuningError
-from .gpu_schedules import GpuEntry, GpuSpec
+from .gpu_blocks import GpuSpec
+from .gpu_schedules import GpuEntry
 from .ir import Conversion, Experts, Schedule
 from .kernels import build, native
 from .kernels.device import has_triton

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from d2dcompile import cost, tiles
 from d2dcompile.errors import TuningError
-from d2dcompile.gpus import GPUS, H200
+from d2dcompile.gpu_blocks import GpuSpec
+from d2dcompile.gpu_defaults import of_strategy
+from d2dcompile.gpus import A100, GPUS, H200
 from d2dcompile.kernels.native import Spec
 from d2dcompile.load import Block, Load
 from d2dcompile.tiles import Gemm, Tile
@@ -261,5 +263,22 @@ def test_products_of_a_block() -> None:
     assert (down.n, down.k, down.outputs) == (4096, 128, 1)
     assert up.rows == down.rows == pytest.approx(409.6)
     assert tiles.default_tile(H200, up) == Tile(128, 128, 64, 8, 4)
+    assert tiles.default_tile(A100, up) == Tile(128, 64, 64, 8, 4)
     few = tiles.default_tile(H200, tiles.up_gemm(MISTRAL, Load(64, 0.1)))
     assert few.block_m == 16
+
+
+def test_two_programs_share_an_sm_where_their_sums_fit() -> None:
+    load = Load(4096, 0.1)
+    assert tiles.default_tile(H200, tiles.up_gemm(SMALL, load)) == Tile(128, 128, 64, 8, 3)
+    assert tiles.default_tile(H200, tiles.down_gemm(SMALL, load)) == Tile(128, 128, 64, 8, 2)
+    tiny = replace(SMALL, experts=96)
+    assert tiles.default_tile(H200, tiles.down_gemm(tiny, load)).block_k == tiny.size == 32
+
+
+def test_tiles_of_few_tokens_are_high_where_all_sms_have_one() -> None:
+    glu = GpuSpec(4096, 4096, 112, 128, True, "silu(gate) * up")
+    decode = partial(of_strategy, "decode", glu, gpu=H200)
+    assert decode(load=Load(64, 0.1)).up == Tile(64, 64, 64, 4, 4)
+    assert decode(load=Load(64, 0.1, 0.5)).up == Tile(64, 32, 128, 4, 4)
+    assert decode(load=Load(64, 0.1, 0.2)).up.block_n == 16

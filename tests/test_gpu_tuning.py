@@ -20,12 +20,14 @@ from d2dcompile import (
     testing,
 )
 from d2dcompile.errors import TuningError
+from d2dcompile.gpu_blocks import GpuSpec
 from d2dcompile.gpu_candidates import modelled, ranked, text
-from d2dcompile.gpu_schedules import GpuEntry, GpuSpec, Where, bucket, choose, default, key
+from d2dcompile.gpu_defaults import default, of_strategy
+from d2dcompile.gpu_schedules import GpuEntry, Where, bucket, choose, key
 from d2dcompile.gpu_trial import DeviceBench, compiled_badly, precompile
 from d2dcompile.gpu_tuning import ModelBench, Search, loads, tune
 from d2dcompile.gpus import A100, H100, H200, MI300X
-from d2dcompile.kernels.expert_mlp import gpu
+from d2dcompile.kernels.expert_mlp import call
 from d2dcompile.kernels.native import Spec
 from d2dcompile.load import Load
 from d2dcompile.recording import record_masks
@@ -60,7 +62,7 @@ def test_search_finds_the_models_optimum(spec, tokens, device) -> None:
 
 
 def _dense(spec, load, device):
-    return gpu_schedules.of_strategy("dense", spec, load, device)
+    return of_strategy("dense", spec, load, device)
 
 
 def test_search_believes_the_device_and_not_the_model() -> None:
@@ -212,7 +214,7 @@ def test_the_devices_own_bench_times_and_checks_every_way(tokens) -> None:
     load = Load(tokens, 0.5)
     bench = DeviceBench(TOY, load, on)
     ways = ["pairs", "atomic", "dense"] + ["decode"] * (tokens <= 64)
-    schedules = [gpu_schedules.of_strategy(way, TOY, load, H200) for way in ways]
+    schedules = [of_strategy(way, TOY, load, H200) for way in ways]
     assert [bench.wrong(schedule) for schedule in schedules] == [None] * len(schedules)
     assert all(seconds > 0 for seconds in bench.times(schedules, 2))
     assert bench.refused(schedules) == [None] * len(schedules)
@@ -221,26 +223,26 @@ def test_the_devices_own_bench_times_and_checks_every_way(tokens) -> None:
 @pytest.mark.triton
 def test_a_candidate_that_computes_something_wrong_is_found(monkeypatch) -> None:
     load = Load(20, 0.5)
-    schedule = gpu_schedules.of_strategy("pairs", TOY, load, H200)
+    schedule = of_strategy("pairs", TOY, load, H200)
     bench = DeviceBench(TOY, load, CPU if not torch.cuda.is_available() else torch.device("cuda"))
-    plain = gpu.Call.run
+    plain = call.Call.run
 
     def off(self, schedule):
         plain(self, schedule)
         self.y[:, 3] *= 1.01
 
-    monkeypatch.setattr(gpu.Call, "run", off)
+    monkeypatch.setattr(call.Call, "run", off)
     assert "its error is" in bench.wrong(schedule)
-    monkeypatch.setattr(gpu.Call, "run", lambda self, schedule: None)
+    monkeypatch.setattr(call.Call, "run", lambda self, schedule: None)
     assert bench.wrong(schedule) == "its output is not finite"
-    monkeypatch.setattr(gpu.Call, "run", lambda self, schedule: 1 / 0)
+    monkeypatch.setattr(call.Call, "run", lambda self, schedule: 1 / 0)
     assert "does not run (ZeroDivisionError" in bench.wrong(schedule)
 
 
 @pytest.mark.triton
 def test_candidates_are_compiled_for_a_device_that_is_not_here() -> None:
     load = Load(100, 0.2)
-    good = gpu_schedules.of_strategy("pairs", TOY, load, H200)
+    good = of_strategy("pairs", TOY, load, H200)
     huge = replace(good, down=replace(good.down, block_m=256, block_n=256, warps=4))
     assert compiled_badly(TOY, 100, [good], "sm_90") == [None]
     (reason,) = compiled_badly(replace(TOY, dtype="bf16"), 100, [huge], "sm_80")

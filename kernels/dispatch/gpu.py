@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...gpu_schedules import padded
+from ...gpu_blocks import padded
 from .. import device, render
 from ..launching import launch
 from . import buffers, dispatch
@@ -17,6 +17,7 @@ MOST_EXPERTS = 1024  # a token's row is held in one program
 FEW = 64  # tokens of a program that makes lists, at most
 PAIRS = 1 << 13  # (token, expert) pairs of such a program: with 2 ** 14 its registers spill
 WARPS = 8
+ADDED = 32  # blocks of tokens above which their counts are added up once for all
 
 
 def source(d: int, router: int, experts: int, precision: str) -> str:
@@ -47,13 +48,25 @@ def write_lists(
     lists: tuple[Tensor, Tensor, Tensor],
     block: int,
 ) -> None:
-    """Fill the lists from a mask [T, E] int8 and the counts [blocks, E] of its blocks of tokens."""
-    rows, blocks = len(mask), len(counts)
-    some = min(32, padded(blocks, 1))
+    """Fill the lists from a mask [T, E] int8 and `counts_of` its blocks of tokens."""
+    (rows, experts), blocks = mask.shape, len(counts) - 1
+    added = blocks > ADDED
+    if added:
+        launch(
+            kernels.add_up, (-(-experts // 16),), counts, blocks,
+            BLOCK_E=16, BLOCK_B=128, warps=4,
+        )  # fmt: skip
+    some = 1 if added else padded(blocks, 1)
     launch(
         kernels.write_lists, (blocks,), mask, counts, *lists, rows, blocks,
-        BLOCK_T=block, BLOCK_B=some, warps=WARPS,
+        BLOCK_T=block, BLOCK_B=some, ADDED=added, warps=WARPS,
     )  # fmt: skip
+
+
+def counts_of(mask: Tensor, block: int) -> Tensor:
+    """Room for how often each block of a mask's tokens chose each expert, [blocks + 1, E] int32."""
+    rows, experts = mask.shape
+    return mask.new_empty(-(-rows // block) + 1, experts, dtype=torch.int32)
 
 
 def accepts(mask: Tensor) -> bool:
@@ -69,10 +82,9 @@ def run(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if len(flat) == 0:
         lists[1].zero_()
         return lists
-    blocks = -(-len(flat) // block)
-    counts = mask.new_empty(blocks, experts, dtype=torch.int32)
+    counts = counts_of(flat, block)
     kernels = module(16, 16, experts, "ieee")
-    launch(kernels.count, (blocks,), flat, counts, len(flat), BLOCK_T=block, warps=WARPS)
+    launch(kernels.count, (len(counts) - 1,), flat, counts, len(flat), BLOCK_T=block, warps=WARPS)
     write_lists(kernels, flat, counts, lists, block)
     return lists
 

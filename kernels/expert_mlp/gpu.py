@@ -1,95 +1,26 @@
 """expert_mlp in Triton: generated kernels for many tokens (kernels/gpu/experts.py) and few (decode.py).
 
-Four strategies lead to the same sums; `d2dcompile.gpu_schedules` says which, when, and how.
+Four strategies lead to the same sums; `d2dcompile.gpu_blocks` says which, `gpu_schedules` when and how.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import KernelError
-from ...expr import parse
-from ...gpu_schedules import SHARE, GpuSchedule, GpuSpec, choose, padded
-from ...gpu_schedules import chunk as columns_at_once
+from ...gpu_schedules import SHARE, choose
 from ...load import Load
-from ...tiles import Tile
-from .. import device, emit, native, render
-from ..device import programs
-from ..dispatch import buffers
-from ..launching import Launched, launch, noting
+from .. import device, native
 from . import expert_mlp
+from .call import Call, source_or_none, spec_of
 
 MOST_EXPERTS = 1024
-MOST_COLUMNS = 1024  # of a program that adds up pairs
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 EXPECTED: dict[int, float] = {}
 """Executed shares to expect of attached sites, by the address of w_up's values.
 
 Schedules are chosen for them; where none is known, the lists are obeyed, else every expert may run.
 """
-
-
-def source(spec: GpuSpec) -> str:
-    """The source of a block's kernels. Raises KernelError for an activation without Triton spelling."""
-    constants: dict[str, bool | int | str] = {
-        "D": spec.d, "D_PADDED": padded(spec.d), "OUT": spec.out, "E": spec.experts,
-        "E_PADDED": padded(spec.experts), "F": spec.size, "GATED": spec.gated,
-        "PRECISION": spec.precision,
-    }  # fmt: skip
-    title = f"Experts of a block: {spec}, {spec.activation}."
-    return render.render(title, ["experts.py", "decode.py"], constants, _functions(spec.activation))
-
-
-def scalar_count(text: str) -> int:
-    """How many scalars p0, p1, ... an activation text reads, those between included."""
-    return 1 + max(
-        (int(name[1:]) for name in parse(text).variables() if name[0] == "p"), default=-1
-    )
-
-
-def _functions(text: str) -> str:
-    """Triton functions of an activation text: `activation`, which loads its scalars, and what it calls."""
-    count = 1 + max(
-        (int(name[1:]) for name in parse(text).variables() if name[0] == "p"), default=-1
-    )
-    loads = "".join(f"tl.load(p_ptr + {i}), " for i in range(count))
-    wrapper = (
-        f"@triton.jit\ndef activation(up, gate, p_ptr):\n    return value(up, gate, ({loads}))"
-    )
-    value = emit.activation_source(text, "value", "triton")
-    return "\n\n\n".join(
-        part for part in (emit.library_source(text).strip(), value, wrapper) if part
-    )
-
-
-@lru_cache(maxsize=256)
-def _source(spec: GpuSpec) -> str | None:
-    try:
-        return source(spec)
-    except KernelError:
-        return None
-
-
-def spec_of(
-    x: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Tensor | None, w_down: Tensor, activation: str
-) -> GpuSpec:
-    experts = offsets.numel() - 1
-    return GpuSpec(
-        d=x.shape[-1],
-        out=w_down.shape[1],
-        experts=experts,
-        size=w_up.shape[0] // experts,
-        gated=w_gate is not None,
-        activation=activation,
-        precision=device.precision(x.dtype),
-        dtype=NAMES[x.dtype],
-    )
 
 
 def accepts(x: Tensor, tokens: Tensor, offsets: Tensor, slots: Tensor, *others: Any) -> bool:
@@ -103,7 +34,7 @@ def accepts(x: Tensor, tokens: Tensor, offsets: Tensor, slots: Tensor, *others: 
     if not device.takes((*given, tokens, offsets, slots, *scalars), x.device):
         return False
     w_up, w_gate, w_down = slabs[:3]
-    return _source(spec_of(x, offsets, w_up, w_gate, w_down, activation)) is not None
+    return source_or_none(spec_of(x, offsets, w_up, w_gate, w_down, activation)) is not None
 
 
 def run(
@@ -134,201 +65,6 @@ def run(
         with device.on(x.device):
             call.run(chosen)
     return y
-
-
-class Call:
-    """One call of a block's kernels: rows [T, D], lists, slabs and biases by name, output y [T, OUT]."""
-
-    def __init__(
-        self,
-        spec: GpuSpec,
-        rows: Tensor,
-        lists: tuple[Tensor, Tensor, Tensor],
-        weights: dict[str, Tensor | None],
-        scalars: list[Tensor],
-        y: Tensor,
-    ) -> None:
-        text = _source(spec)
-        assert text is not None
-        self.kernels: ModuleType = render.module(text)
-        self.spec, self.rows, self.y = spec, rows, y
-        self.tokens, self.offsets, self.slots = lists
-        slabs = {
-            n: w if w is None or w.stride(-1) == 1 else w.contiguous() for n, w in weights.items()
-        }
-        self.up, self.gate, self.down = (slabs[n] for n in ("w_up", "w_gate", "w_down"))
-        self.b_up, self.b_gate, self.b_down = (slabs[n] for n in ("b_up", "b_gate", "b_down"))
-        self.p = torch.stack([s.reshape(()).float() for s in scalars]) if scalars else None
-
-    def run(self, schedule: GpuSchedule) -> None:
-        """Fill y. Raises KernelError for a strategy that does not exist."""
-        ways = {
-            "decode": self._decode,
-            "pairs": self._pairs,
-            "atomic": self._atomic,
-            "dense": self._dense,
-        }
-        if schedule.strategy not in ways:
-            raise KernelError(
-                f"A schedule names the strategy {schedule.strategy!r}; expected one of {', '.join(ways)}."
-            )
-        ways[schedule.strategy](schedule)
-
-    def _strides(self) -> tuple[int, int]:
-        assert self.up is not None
-        return self.up.stride(0), 0 if self.gate is None else self.gate.stride(0)
-
-    def _up(self, schedule: GpuSchedule) -> Tensor:
-        """Hidden values of all pairs, [T * E, F], through the grouped product."""
-        tile, spec = schedule.up, self.spec
-        hidden = self.rows.new_empty(len(self.rows) * spec.experts, spec.size)
-        box = [tile.block_n, tile.block_k]
-        launch(
-            self.kernels.up, (programs(self.rows.device, schedule.per_multiprocessor),),
-            self.rows, self.tokens, self.offsets,
-            _weight(self.up, schedule.tma, box), _weight(self.gate, schedule.tma, box),
-            self.b_up, self.b_gate, self.p, hidden, *self._strides(),
-            SWAP=schedule.swap, TMA=schedule.tma, **_options(tile),
-        )  # fmt: skip
-        return hidden
-
-    def _down(
-        self, schedule: GpuSchedule, hidden: Tensor, to: Tensor, column: int, chunk: int
-    ) -> None:
-        """Products of pairs for `chunk` columns, into rows [pairs, chunk] or sums [T, OUT]."""
-        tile = schedule.down
-        assert self.down is not None
-        launch(
-            self.kernels.down, (programs(self.rows.device, schedule.per_multiprocessor),),
-            hidden, self.tokens, self.offsets,
-            _weight(self.down, schedule.tma, [tile.block_k, tile.block_n]),
-            to, self.down.stride(0), column, CHUNK=chunk,
-            SWAP=schedule.swap, TMA=schedule.tma, ATOMIC=schedule.strategy == "atomic",
-            **_options(tile),
-        )  # fmt: skip
-
-    def _pairs(self, schedule: GpuSchedule) -> None:
-        hidden, spec = self._up(schedule), self.spec
-        chunk = columns_at_once(spec, len(self.rows), schedule.down.block_n)
-        products = hidden.new_empty(len(hidden), chunk)
-        block = min(padded(chunk), MOST_COLUMNS)
-        for column in range(0, spec.out, chunk):
-            self._down(schedule, hidden, products, column, chunk)
-            launch(
-                self.kernels.combine, (len(self.rows), -(-chunk // block)),
-                products, self.slots, self.b_down, self.y, column,
-                CHUNK=chunk, BLOCK_N=block, BLOCK_J=4, warps=4,
-            )  # fmt: skip
-
-    def summed(self, products: Tensor) -> Tensor:
-        """The sum of its pairs' rows for each token, [T, C] of rows [N, C], C as wide as x."""
-        width = products.shape[1]
-        total = products.new_empty(len(self.rows), width)
-        if len(total):
-            block = min(padded(width), MOST_COLUMNS)
-            launch(
-                self.kernels.sum_pairs, (len(total), -(-width // block)),
-                products, self.slots, total, WIDTH=width, BLOCK_N=block, BLOCK_J=4, warps=4,
-            )  # fmt: skip
-        return total
-
-    def _atomic(self, schedule: GpuSchedule) -> None:
-        hidden, spec = self._up(schedule), self.spec
-        sums = hidden.new_zeros(len(self.rows), spec.out, dtype=torch.float32)
-        self._down(schedule, hidden, sums, 0, spec.out)
-        block = min(padded(spec.out), MOST_COLUMNS)
-        launch(
-            self.kernels.finish, (len(self.rows), -(-spec.out // block)),
-            sums, self.b_down, self.y, BLOCK_N=block, warps=4,
-        )  # fmt: skip
-
-    def _decode(self, schedule: GpuSchedule) -> None:
-        spec, rows = self.spec, len(self.rows)
-        one = rows == 1
-        columns = -(-spec.out // schedule.down.block_n)
-        new = self.rows.new_empty
-        dtype = torch.float32 if one else self.rows.dtype
-        hidden = new(spec.experts, rows, spec.size, dtype=dtype)
-        counters = new(columns, dtype=torch.int32)
-        parts = new(schedule.splits, rows, spec.out, dtype=torch.float32)
-        grid = (programs(self.rows.device, schedule.per_multiprocessor),)
-        biases, tile = (self.b_up, self.b_gate, self.p), schedule.up
-        if one:
-            launch(
-                self.kernels.decode_up_one, grid,
-                self.rows, self.offsets, self.up, self.gate, *biases, hidden, counters, columns,
-                *self._strides(), BLOCK_N=tile.block_n, warps=tile.warps,
-            )  # fmt: skip
-        else:
-            launch(
-                self.kernels.decode_up, grid,
-                self.rows, self.tokens, self.offsets, self.up, self.gate, *biases, hidden, counters,
-                columns, *self._strides(), rows, BLOCK_T=tile.block_m, BLOCK_N=tile.block_n,
-                BLOCK_K=tile.block_k, warps=tile.warps, stages=tile.stages,
-            )  # fmt: skip
-        tile = schedule.down
-        assert self.down is not None
-        launch(
-            self.kernels.decode_down, (columns, schedule.splits),
-            hidden, self.offsets, self.down, self.b_down, parts, counters, self.y,
-            self.down.stride(0), rows, ONE=one, BLOCK_T=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, SPLITS=schedule.splits,
-            warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-
-    def _dense(self, schedule: GpuSchedule) -> None:
-        assert self.up is not None and self.down is not None
-        up = F.linear(self.rows, self.up, self.b_up)
-        gate = up if self.gate is None else F.linear(self.rows, self.gate, self.b_gate)
-        block = 1024
-        launch(
-            self.kernels.pointwise, (-(-up.numel() // block),),
-            up, gate, self.p, up, up.numel(), BLOCK=block, warps=4,
-        )  # fmt: skip
-        if self.b_down is None:
-            torch.mm(up, self.down, out=self.y)
-        else:
-            torch.addmm(self.b_down, up, self.down, out=self.y)
-
-
-def launches(
-    spec: GpuSpec, tokens: int, schedule: GpuSchedule, bias: bool = True
-) -> list[Launched]:
-    """What a call of so many tokens launches, without data and without a device."""
-    dtype = next(dtype for dtype, name in NAMES.items() if name == spec.dtype)
-    hidden = spec.experts * spec.size
-
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    shapes = {
-        "w_up": (hidden, spec.d), "w_gate": (hidden, spec.d), "w_down": (hidden, spec.out),
-        "b_up": (hidden,), "b_gate": (hidden,), "b_down": (spec.out,),
-    }  # fmt: skip
-    absent = [] if spec.gated else ["w_gate", "b_gate"]
-    absent += [] if bias else ["b_up", "b_gate", "b_down"]
-    weights = {name: None if name in absent else new(*shape) for name, shape in shapes.items()}
-    scalars = [new(1) for _ in range(scalar_count(spec.activation))]
-    rows, lists = new(tokens, spec.d), buffers(new(1), tokens, spec.experts)
-    with noting() as noted:
-        Call(spec, rows, lists, weights, scalars, new(tokens, spec.out)).run(schedule)
-    return noted
-
-
-def _options(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "warps": tile.warps, "stages": tile.stages,
-    }  # fmt: skip
-
-
-def _weight(weight: Tensor | None, tma: bool, box: list[int]) -> Any:
-    """A weight as a kernel takes it: itself, or a descriptor of its tiles."""
-    if weight is None or not tma:
-        return weight
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(weight, box)
 
 
 device.register(expert_mlp, run, accepts)

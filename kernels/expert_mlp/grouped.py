@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...expr import vjp
 from .. import device, native
-from .gpu import Call, spec_of
+from .call import Call, spec_of
 from .gradient import _none, expert_mlp_backward
 
 ALIGNED = 16  # bytes that every row of a grouped product's operands has to be a multiple of

@@ -10,6 +10,8 @@ stay in fp32 and are added in a fixed order. Goes behind experts.py in a generat
 import triton
 import triton.language as tl
 
+from .experts import load_tile  # which a generated file holds itself
+
 D = tl.constexpr(64)
 D_PADDED = tl.constexpr(64)
 OUT = tl.constexpr(64)
@@ -44,16 +46,13 @@ def chosen(starts, ends, upto, u):
 
 
 @triton.jit
-def dot_one(x_ptr, w_ptr, stride, offs_n, inside):
+def dot_one(x_ptr, w_ptr, stride: tl.constexpr, offs_n, inside, BLOCK_N: tl.constexpr):
     """w x of one token for some rows of a weight [H, D], each read whole: [BLOCK_N] fp32."""
     offs_k = tl.arange(0, D_PADDED)
     x = tl.load(x_ptr + offs_k, mask=offs_k < D, other=0.0).to(tl.float32)
-    w = tl.load(
-        w_ptr + offs_n.to(tl.int64)[:, None] * stride + offs_k[None, :],
-        mask=inside[:, None] & (offs_k < D)[None, :],
-        other=0.0,
-        eviction_policy="evict_first",
-    )
+    ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride + offs_k[None, :]
+    even: tl.constexpr = F % BLOCK_N == 0
+    w = load_tile(ptrs, inside, offs_k < D, even, D == D_PADDED, "evict_first")
     return tl.sum(w.to(tl.float32) * x[None, :], 1)
 
 
@@ -69,8 +68,8 @@ def decode_up_one(
     hidden_ptr,  # [E, F] fp32, row u belongs to the u-th chosen expert
     counters_ptr,  # [columns] int32, set to 0 for decode_down
     columns,
-    stride_up,
-    stride_gate,
+    stride_up: tl.constexpr,
+    stride_gate: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """hidden of one token, BLOCK_N neurons a program at a time."""
@@ -85,11 +84,11 @@ def decode_up_one(
         offs_f = (work - work // blocks * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = offs_f < F
         offs_n = expert * F + offs_f
-        value = dot_one(x_ptr, up_ptr, stride_up, offs_n, inside)
+        value = dot_one(x_ptr, up_ptr, stride_up, offs_n, inside, BLOCK_N)
         if b_up_ptr is not None:
             value += tl.load(b_up_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            g = dot_one(x_ptr, gate_ptr, stride_gate, offs_n, inside)
+            g = dot_one(x_ptr, gate_ptr, stride_gate, offs_n, inside, BLOCK_N)
             if b_gate_ptr is not None:
                 g += tl.load(b_gate_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
             h = activation(value, g, p_ptr)
@@ -111,8 +110,8 @@ def decode_up(
     hidden_ptr,  # [E, T, F], panel u belongs to the u-th chosen expert
     counters_ptr,
     columns,
-    stride_up,
-    stride_gate,
+    stride_up: tl.constexpr,
+    stride_gate: tl.constexpr,
     rows,  # T
     BLOCK_T: tl.constexpr,  # >= T
     BLOCK_N: tl.constexpr,
@@ -120,6 +119,8 @@ def decode_up(
 ):
     """hidden of all tokens for the union of their experts; the weights are the first operand."""
     blocks: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    all_n: tl.constexpr = F % BLOCK_N == 0
+    all_k: tl.constexpr = D % BLOCK_K == 0
     if tl.program_id(0) == 0:
         for c in range(columns):
             tl.store(counters_ptr + c, 0)
@@ -135,26 +136,14 @@ def decode_up(
         g = value
         for k in range(0, D, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
-            x = tl.load(
-                x_ptr + offs_t[None, :] * D + offs_k[:, None],
-                mask=(offs_t < rows)[None, :] & (offs_k < D)[:, None],
-                other=0.0,
-            )
-            here = inside[:, None] & (offs_k < D)[None, :]
-            w = tl.load(
-                up_ptr + offs_n.to(tl.int64)[:, None] * stride_up + offs_k[None, :],
-                mask=here,
-                other=0.0,
-                eviction_policy="evict_first",
-            )
+            ptrs = x_ptr + offs_t[None, :] * D + offs_k[:, None]
+            x = load_tile(ptrs, offs_k < D, offs_t < rows, all_k, False, "")
+            ptrs = up_ptr + offs_n.to(tl.int64)[:, None] * stride_up + offs_k[None, :]
+            w = load_tile(ptrs, inside, offs_k < D, all_n, all_k, "evict_first")
             value = tl.dot(w, x, value, input_precision=PRECISION)
             if GATED:
-                w = tl.load(
-                    gate_ptr + offs_n.to(tl.int64)[:, None] * stride_gate + offs_k[None, :],
-                    mask=here,
-                    other=0.0,
-                    eviction_policy="evict_first",
-                )
+                ptrs = gate_ptr + offs_n.to(tl.int64)[:, None] * stride_gate + offs_k[None, :]
+                w = load_tile(ptrs, inside, offs_k < D, all_n, all_k, "evict_first")
                 g = tl.dot(w, x, g, input_precision=PRECISION)
         if b_up_ptr is not None:
             value += tl.load(b_up_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -182,7 +171,7 @@ def decode_down(
     partial_ptr,  # [SPLITS, T, OUT] fp32
     counters_ptr,
     y_ptr,  # [T, OUT]
-    stride_down,
+    stride_down: tl.constexpr,
     rows,
     ONE: tl.constexpr,  # whether there is one token
     BLOCK_T: tl.constexpr,
@@ -192,6 +181,8 @@ def decode_down(
 ):
     """y for BLOCK_N columns; SPLITS programs share the union, the last one to finish adds their parts."""
     blocks: tl.constexpr = (F + BLOCK_K - 1) // BLOCK_K
+    all_k: tl.constexpr = F % BLOCK_K == 0
+    all_n: tl.constexpr = OUT % BLOCK_N == 0
     column, split = tl.program_id(0), tl.program_id(1)
     starts, ends, upto = union(offsets_ptr)
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -205,21 +196,16 @@ def decode_down(
         u = work // blocks
         expert, _first, _last = chosen(starts, ends, upto, u)
         offs_k = (work - work // blocks * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-        w = tl.load(
-            down_ptr + (expert * F + offs_k).to(tl.int64)[:, None] * stride_down + offs_n[None, :],
-            mask=(offs_k < F)[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
+        ptrs = (
+            down_ptr + (expert * F + offs_k).to(tl.int64)[:, None] * stride_down + offs_n[None, :]
         )
+        w = load_tile(ptrs, offs_k < F, inside, all_k, all_n, "evict_first")
         if ONE:
             h = tl.load(hidden_ptr + u * F + offs_k, mask=offs_k < F, other=0.0)
             acc += h[:, None] * w.to(tl.float32)
         else:
-            h = tl.load(
-                hidden_ptr + (u * rows + offs_t)[:, None] * F + offs_k[None, :],
-                mask=(offs_t < rows)[:, None] & (offs_k < F)[None, :],
-                other=0.0,
-            )
+            ptrs = hidden_ptr + (u * rows + offs_t)[:, None] * F + offs_k[None, :]
+            h = load_tile(ptrs, offs_t < rows, offs_k < F, False, all_k, "")
             acc = tl.dot(h, w, acc, input_precision=PRECISION)
     if ONE:
         acc = tl.sum(acc, 0)[None, :]

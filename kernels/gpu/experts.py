@@ -54,8 +54,31 @@ def product(acc, a, b, SWAP: tl.constexpr):
 
 
 @triton.jit
+def load_tile(
+    ptrs, rows, columns, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr, POLICY: tl.constexpr
+):
+    """A tile, 0 outside of the masks rows and columns, which are not looked at where all is inside."""
+    if ALL_ROWS and ALL_COLUMNS:
+        return tl.load(ptrs, eviction_policy=POLICY)
+    elif ALL_ROWS:
+        return tl.load(ptrs, mask=columns[None, :], other=0.0, eviction_policy=POLICY)
+    elif ALL_COLUMNS:
+        return tl.load(ptrs, mask=rows[:, None], other=0.0, eviction_policy=POLICY)
+    else:
+        inside = rows[:, None] & columns[None, :]
+        return tl.load(ptrs, mask=inside, other=0.0, eviction_policy=POLICY)
+
+
+@triton.jit
 def weight_tile(
-    w, stride, row, behind, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr
+    w,
+    stride: tl.constexpr,
+    row,
+    behind,
+    k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Rows from `row` on of a weight [H, D], from column k on; those >= behind may hold others'."""
     if TMA:
@@ -64,10 +87,8 @@ def weight_tile(
         offs_n = row + tl.arange(0, BLOCK_N)
         offs_k = k + tl.arange(0, BLOCK_K)
         ptrs = w + offs_n.to(tl.int64)[:, None] * stride + offs_k[None, :]
-        if D % BLOCK_K == 0:
-            return tl.load(ptrs, mask=offs_n[:, None] < behind, other=0.0)
-        else:
-            return tl.load(ptrs, mask=(offs_n[:, None] < behind) & (offs_k[None, :] < D), other=0.0)
+        all_rows: tl.constexpr = F % BLOCK_N == 0
+        return load_tile(ptrs, offs_n < behind, offs_k < D, all_rows, D % BLOCK_K == 0, "")
 
 
 @triton.jit
@@ -81,8 +102,8 @@ def up(
     b_gate_ptr,
     p_ptr,
     hidden_ptr,  # [pairs, F]
-    stride_up,
-    stride_gate,
+    stride_up: tl.constexpr,
+    stride_gate: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -105,10 +126,7 @@ def up(
         g = u
         for k in range(0, D, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
-            if D % BLOCK_K == 0:
-                x = tl.load(x_rows + offs_k[None, :])
-            else:
-                x = tl.load(x_rows + offs_k[None, :], mask=offs_k[None, :] < D, other=0.0)
+            x = load_tile(x_rows + offs_k[None, :], None, offs_k < D, True, D % BLOCK_K == 0, "")
             w = weight_tile(up_ptr, stride_up, row, behind, k, BLOCK_N, BLOCK_K, TMA)
             u = product(u, x, w, SWAP)
             if GATED:
@@ -138,7 +156,7 @@ def down(
     offsets_ptr,
     down_ptr,  # [H, OUT], a pointer or with TMA a descriptor of tiles
     rows_ptr,  # [pairs, CHUNK], or with ATOMIC the sums [T, OUT] fp32
-    stride_down,
+    stride_down: tl.constexpr,
     column,  # the first of CHUNK output columns
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -150,34 +168,32 @@ def down(
 ):
     """rows[i] = hidden[i] W_down[e] for CHUNK columns from `column` on, or that added to its token."""
     columns: tl.constexpr = (CHUNK + BLOCK_N - 1) // BLOCK_N
+    even: tl.constexpr = F % BLOCK_K == 0
+    whole: tl.constexpr = OUT % CHUNK == 0 and CHUNK % BLOCK_N == 0
     starts, ends, tiles = lists(offsets_ptr, BLOCK_M)
     for work in range(tl.program_id(0), tl.sum(tiles, 0) * columns, tl.num_programs(0)):
         expert, first, last = find(starts, ends, tiles, work // columns, BLOCK_M)
         offs_m = first + tl.arange(0, BLOCK_M)
-        hidden_rows = hidden_ptr + offs_m.to(tl.int64)[:, None] * F
+        # Rows behind the last pair are copies of it, and not stored.
+        hidden_rows = hidden_ptr + tl.minimum(offs_m, last - 1).to(tl.int64)[:, None] * F
         n = (work - work // columns * columns) * BLOCK_N
         offs_n = n + tl.arange(0, BLOCK_N)
         inside = (offs_n < CHUNK) & (column + offs_n < OUT)
+        w_rows = expert.to(tl.int64) * F * stride_down + column
         if SWAP:
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, F, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
-            h = tl.load(
-                hidden_rows + offs_k[None, :],
-                mask=(offs_m < last)[:, None] & (offs_k < F)[None, :],
-                other=0.0,
-            )
+            h = load_tile(hidden_rows + offs_k[None, :], None, offs_k < F, True, even, "")
             if TMA:
                 w = down_ptr.load([expert * F + k, column + n])
             else:
-                offs_f = (expert * F + offs_k).to(tl.int64)
-                w = tl.load(
-                    down_ptr + offs_f[:, None] * stride_down + (column + offs_n)[None, :],
-                    mask=(offs_k < F)[:, None] & inside[None, :],
-                    other=0.0,
+                ptrs = (
+                    down_ptr + w_rows + offs_k.to(tl.int64)[:, None] * stride_down + offs_n[None, :]
                 )
+                w = load_tile(ptrs, offs_k < F, inside, even, whole, "")
             acc = product(acc, h, tl.trans(w), SWAP)
         if SWAP:
             acc = tl.trans(acc)

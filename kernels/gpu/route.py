@@ -4,7 +4,8 @@
 
 tokens, offsets, slots: see kernels.dispatch. No atomics: lists are in token order, the same bits every
 time. Few tokens: `hidden_few` spreads W1 over the device, `route_few` does the rest in one program. Many:
-`route_many` per block of tokens, then `write_lists`, which adds up the counts of the blocks before its own.
+`route_many` per block of tokens, then `write_lists`, which needs the counts of the blocks before its own: it
+adds them up itself, or where they are many finds the sums that `add_up` made of them.
 """
 
 import triton
@@ -24,10 +25,9 @@ def gated(scores, offs_t, rows, tau_ptr):
     offs_e = tl.arange(0, E_PADDED)
     real = (offs_t < rows)[:, None] & (offs_e < E)[None, :]
     strange = tl.max((scores != scores).to(tl.int32), 1) > 0
-    known = tl.where(real & (scores == scores), scores, 0.0)
     tau = tl.load(tau_ptr).to(tl.float32, bitcast=True)
-    dropped = (scores < (tau * tl.max(known, 1))[:, None]) & (strange == 0)[:, None]
-    return (real & (dropped == 0)).to(tl.int32)
+    limit = tl.where(strange, -1.0, tau * tl.max(scores, 1))  # scores are no less than 0
+    return (real & ((scores < limit[:, None]) == 0)).to(tl.int32)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def route_few(
     offs_t, offs_r = tl.arange(0, BLOCK_T), tl.arange(0, R_PADDED)
     inside = (offs_t < rows)[:, None] & (offs_r < R)[None, :]
     hidden = tl.zeros((BLOCK_T, R_PADDED), tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in tl.range(0, SPLITS, num_stages=3):  # on their way together, yet not in registers
         part = parts_ptr + (s * rows + offs_t)[:, None] * R + offs_r[None, :]
         hidden += tl.load(part, mask=inside, other=0.0)
     hidden = tl.where(hidden < 0, 0.0, hidden)  # relu that lets NaN pass
@@ -185,9 +185,24 @@ def count(mask_ptr, counts_ptr, rows, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def add_up(counts_ptr, blocks, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr):
+    """counts[b] = sum of counts[:b] for b = 0 .. blocks, in place, of BLOCK_E experts a program."""
+    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    total = tl.zeros((BLOCK_E,), tl.int32)
+    for b in range(0, blocks, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        place = counts_ptr + offs_b[:, None] * E + offs_e[None, :]
+        inside = (offs_b < blocks)[:, None] & (offs_e < E)[None, :]
+        counts = tl.load(place, mask=inside, other=0)
+        tl.store(place, total[None, :] + tl.cumsum(counts, 0) - counts, mask=inside)
+        total += tl.sum(counts, 0)
+    tl.store(counts_ptr + blocks * E + offs_e, total, mask=offs_e < E)
+
+
+@triton.jit
 def write_lists(
     mask_ptr,  # [T, E] int8
-    counts_ptr,  # [blocks, E]
+    counts_ptr,  # [blocks, E], or with ADDED [blocks + 1, E] of `add_up`
     tokens_ptr,
     offsets_ptr,
     slots_ptr,
@@ -195,21 +210,26 @@ def write_lists(
     blocks,
     BLOCK_T: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    ADDED: tl.constexpr,
 ):
     """The lists of one block of tokens, behind those of the blocks before it."""
     block = tl.program_id(0)
     offs_e = tl.arange(0, E_PADDED)
     total = tl.zeros((E_PADDED,), tl.int32)
     before = tl.zeros((E_PADDED,), tl.int32)
-    for b in range(0, blocks, BLOCK_B):
-        offs_b = b + tl.arange(0, BLOCK_B)
-        counts = tl.load(
-            counts_ptr + offs_b[:, None] * E + offs_e[None, :],
-            mask=(offs_b < blocks)[:, None] & (offs_e < E)[None, :],
-            other=0,
-        )
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((offs_b < block)[:, None], counts, 0), 0)
+    if ADDED:
+        total = tl.load(counts_ptr + blocks * E + offs_e, mask=offs_e < E, other=0)
+        before = tl.load(counts_ptr + block * E + offs_e, mask=offs_e < E, other=0)
+    else:
+        for b in range(0, blocks, BLOCK_B):
+            offs_b = b + tl.arange(0, BLOCK_B)
+            counts = tl.load(
+                counts_ptr + offs_b[:, None] * E + offs_e[None, :],
+                mask=(offs_b < blocks)[:, None] & (offs_e < E)[None, :],
+                other=0,
+            )
+            total += tl.sum(counts, 0)
+            before += tl.sum(tl.where((offs_b < block)[:, None], counts, 0), 0)
     if block == 0:
         write_offsets(offsets_ptr, total)
     offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...gpu_schedules import padded
+from ...gpu_blocks import padded
 from .. import device
 from ..dispatch import buffers
-from ..dispatch.gpu import MOST_EXPERTS, WARPS, block_rows, module, write_lists
+from ..dispatch.gpu import MOST_EXPERTS, WARPS, block_rows, counts_of, module, write_lists
 from ..launching import Launched, launch, noting
 from . import route
 
@@ -35,7 +35,8 @@ def run(x: Tensor, router1: Tensor, router2: Tensor, tau: Tensor) -> tuple[Tenso
         return lists
     block = block_rows(experts)
     if rows <= block:
-        few, part = padded(rows), padded(min(d, 256))
+        few = padded(rows)
+        part = padded(min(d, (512 if few == 16 else 256) // x.element_size()))
         parts = x.new_empty(SPLITS, rows, width, dtype=torch.float32)
         launch(
             kernels.hidden_few, (-(-width // 16), SPLITS), x, w1, parts, rows,
@@ -48,7 +49,7 @@ def run(x: Tensor, router1: Tensor, router2: Tensor, tau: Tensor) -> tuple[Tenso
         return lists
     blocks = -(-rows // block)
     mask = x.new_empty(rows, experts, dtype=torch.int8)
-    counts = x.new_empty(blocks, experts, dtype=torch.int32)
+    counts = counts_of(mask, block)
     launch(
         kernels.route_many, (blocks,), x, w1, w2, tau, mask, counts, rows,
         BLOCK_T=block, BLOCK_K=64, warps=WARPS, stages=3,

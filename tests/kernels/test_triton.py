@@ -18,14 +18,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2dcompile import gpu_schedules, testing
-from d2dcompile.gpu_schedules import GpuSchedule, GpuSpec
+from d2dcompile import gpu_blocks, testing
+from d2dcompile.gpu_blocks import GpuSchedule, GpuSpec
+from d2dcompile.gpu_defaults import of_strategy
 from d2dcompile.gpus import H200
 from d2dcompile.kernels import render
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.dispatch import gpu as lists_gpu
-from d2dcompile.kernels.expert_mlp import expert_mlp, gpu, grouped
-from d2dcompile.kernels.expert_mlp.gpu import Call
+from d2dcompile.kernels.expert_mlp import call, expert_mlp, gpu, grouped
+from d2dcompile.kernels.expert_mlp.call import Call
 from d2dcompile.kernels.expert_mlp.gradient import expert_mlp_backward
 from d2dcompile.kernels.gate import tau_bits
 from d2dcompile.kernels.route import gpu as route_gpu
@@ -59,8 +60,10 @@ SCHEDULES = {
 def poisoned():
     """Uninitialised memory is NaN or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    added = lists_gpu.ADDED
     yield
     torch.use_deterministic_algorithms(False)
+    lists_gpu.ADDED = added
 
 
 class Operands:
@@ -101,7 +104,8 @@ class Operands:
 
     def usual_error(self) -> float:
         """What the meaning in this dtype errs on many tokens, relative: on few it may be right by chance."""
-        many = Operands(self.spec, masks(64, self.spec.experts, 0.5, 0), self.rows.dtype, True, 0)
+        share = "all" if self.mask.all() else 0.5
+        many = Operands(self.spec, masks(64, self.spec.experts, share, 0), self.rows.dtype, True, 0)
         exact = many.meaning(torch.float64)
         error = many.meaning(self.rows.dtype).double() - exact
         return testing.rms(error) / testing.rms(exact)
@@ -156,7 +160,7 @@ def test_the_default_schedule_is_right(name, rows) -> None:
     spec = SPECS[name]
     operands = Operands(spec, masks(rows, spec.experts, 0.3, 0), torch.float32, True, 0)
     for strategy in ("decode", "pairs", "atomic") if rows <= 64 else ("pairs", "atomic"):
-        schedule = gpu_schedules.of_strategy(strategy, spec, Load(rows, 0.3), H200)
+        schedule = of_strategy(strategy, spec, Load(rows, 0.3), H200)
         assert_as_good(operands.run(schedule), operands)
 
 
@@ -171,9 +175,9 @@ def test_weights_through_descriptors(strategy) -> None:
 
 def test_columns_are_worked_off_in_chunks(monkeypatch) -> None:
     """A small limit of memory: three chunks, the last one narrower."""
-    monkeypatch.setattr(gpu_schedules, "ROWS_BYTES", 20 * 5 * 32 * 2)
+    monkeypatch.setattr(gpu_blocks, "ROWS_BYTES", 20 * 5 * 32 * 2)
     spec = SPECS["plain"]
-    assert gpu_schedules.chunk(spec, 20, 32) == 32
+    assert gpu_blocks.chunk(spec, 20, 32) == 32
     operands = Operands(spec, masks(20, 5, 0.5, 0), torch.float32, True, 0)
     assert_as_good(operands.run(SCHEDULES["pairs"]), operands)
 
@@ -232,11 +236,13 @@ def assert_lists(found: tuple[Tensor, Tensor, Tensor], mask: Tensor) -> None:
     assert torch.equal(found[2][used], slots[used])
 
 
+@pytest.mark.parametrize("added", [0, 32], ids=["added up", "each adds"])
 @pytest.mark.parametrize("experts", [1, 5, 130])
 @BOUNDED
 @given(st.integers(0, 150), shares, st.integers(0, 9))
 @example(150, "all", 0)
-def test_lists_of_a_given_mask(experts, rows, share, seed) -> None:
+def test_lists_of_a_given_mask(experts, added, rows, share, seed) -> None:
+    lists_gpu.ADDED = added  # blocks of tokens from which their counts are added up apart
     mask = masks(rows, experts, share, seed).to(ON)
     assert_lists(lists_gpu.run(mask), mask)
 
@@ -303,15 +309,15 @@ def test_what_has_no_spelling_is_refused() -> None:
 
 
 def test_source_is_the_same_every_time_and_imports_by_itself() -> None:
-    assert gpu.source(SPECS["gated"]) == gpu.source(SPECS["gated"])
-    assert "silu" in gpu.source(SPECS["gated"]) and "silu" not in gpu.source(SPECS["plain"])
+    assert call.source(SPECS["gated"]) == call.source(SPECS["gated"])
+    assert "silu" in call.source(SPECS["gated"]) and "silu" not in call.source(SPECS["plain"])
 
 
 @pytest.mark.parametrize("name", ["experts", "routing"])
 def test_generated_source(name) -> None:
     """What a user reads; UPDATE_EXPECTED=1 accepts what it is now."""
     spec = GpuSpec(768, 768, 24, 128, True, "gelu(gate) * p0 * up")
-    text = gpu.source(spec) if name == "experts" else lists_gpu.source(768, 128, 24, "ieee")
+    text = call.source(spec) if name == "experts" else lists_gpu.source(768, 128, 24, "ieee")
     path = EXPECTED / f"triton_{name}.txt"
     if os.environ.get("UPDATE_EXPECTED"):
         path.write_text(text)
@@ -320,7 +326,7 @@ def test_generated_source(name) -> None:
 
 def test_dump_leaves_generated_files(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("D2D_DUMP", str(tmp_path / "dump"))
-    text = gpu.source(GpuSpec(48, 48, 3, 16, False, "relu6(up)"))
+    text = call.source(GpuSpec(48, 48, 3, 16, False, "relu6(up)"))
     made = render.module(text)
     (path,) = (tmp_path / "dump").iterdir()
     assert path.read_text() == text and path.name.startswith("000_d2d_")
