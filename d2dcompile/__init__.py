@@ -19,6 +19,7 @@ from .ir import Conversion, Experts, Miss, Plan, Site
 from .measuring import SiteStats, Stats, fit_tau, measure
 from .reading import load
 from .rewriting import rewrite
+from .sparsifying import SiteSparsity, Sparsifier, sparsify
 from .tuning import tune
 
 __version__ = "0.1.0"
@@ -31,7 +32,9 @@ __all__ = [
     "Plan",
     "Report",
     "Site",
+    "SiteSparsity",
     "SiteStats",
+    "Sparsifier",
     "Stats",
     "attach",
     "convert",
@@ -43,5 +46,6 @@ __all__ = [
     "measure",
     "rewrite",
     "set_tau",
+    "sparsify",
     "tune",
 ]
