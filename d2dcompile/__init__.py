@@ -18,6 +18,7 @@ from .explaining import Report, explain
 from .ir import Conversion, Experts, Miss, Plan, Site
 from .measuring import SiteStats, Stats, fit_tau, measure
 from .reading import load
+from .relufying import Relufied, relufy
 from .rewriting import rewrite
 from .sparsifying import SiteSparsity, Sparsifier, sparsify
 from .tuning import tune
@@ -30,6 +31,7 @@ __all__ = [
     "Experts",
     "Miss",
     "Plan",
+    "Relufied",
     "Report",
     "Site",
     "SiteSparsity",
@@ -44,6 +46,7 @@ __all__ = [
     "fit_tau",
     "load",
     "measure",
+    "relufy",
     "rewrite",
     "set_tau",
     "sparsify",
