@@ -18,7 +18,9 @@ from .explaining import Report, explain
 from .ir import Conversion, Experts, Miss, Plan, Site
 from .measuring import SiteStats, Stats, fit_tau, measure
 from .reading import load
+from .relufying import Relufied, relufy
 from .rewriting import rewrite
+from .sparsifying import SiteSparsity, Sparsifier, sparsify
 from .tuning import tune
 
 __version__ = "0.1.0"
@@ -29,9 +31,12 @@ __all__ = [
     "Experts",
     "Miss",
     "Plan",
+    "Relufied",
     "Report",
     "Site",
+    "SiteSparsity",
     "SiteStats",
+    "Sparsifier",
     "Stats",
     "attach",
     "convert",
@@ -41,7 +46,9 @@ __all__ = [
     "fit_tau",
     "load",
     "measure",
+    "relufy",
     "rewrite",
     "set_tau",
+    "sparsify",
     "tune",
 ]

@@ -49,6 +49,10 @@ class BudgetError(D2DError, ValueError):
     """`fit_tau` was given no budget, several, or one that no threshold reaches."""
 
 
+class SparsifyError(D2DError, ValueError):
+    """`sparsify` or `relufy` got an impossible argument, or a site whose activation it cannot reach."""
+
+
 class ExpressionError(D2DError, ValueError):
     """An activation text is not an elementwise expression over known operators."""
 

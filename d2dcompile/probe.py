@@ -160,6 +160,13 @@ def _compiled(model: nn.Module) -> Callable[..., Any]:
     return _COMPILED[model]
 
 
+def forget_compiled() -> None:
+    """Forget every graph that Dynamo compiled, ours and others': it does not notice hooks put on later."""
+    torch.compiler.reset()
+    _FRAMES.clear()
+    _COMPILED.clear()
+
+
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of a batch: a mapping is keyword arguments, a tuple or list arguments.
 
