@@ -9,15 +9,20 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .errors import D2DWarning
+from .gpu_candidates import text as spelt
+from .gpu_schedules import choose
+from .gpu_tuning import of_native
 from .kernels import build, native
 from .kernels.device import has_triton
 from .kernels.dynamic_mlp import cpu
+from .load import Load
 from .passes import Match
 from .passes.insert_moe import Form, operand_names
 from .passes.names import dtype_of
 from .state import State
 
 log = logging.getLogger(__name__)
+REPORTED = (1, 64, 4096)  # tokens of a call that a report names the schedules of
 
 
 def lower(
@@ -68,9 +73,7 @@ def lower(
 def running(state: State) -> str:
     """How an attached site runs here and why, for a report: kernel or ops, dense or not, copies."""
     if _on_gpu(state):
-        return (
-            f"Triton kernels for routing and experts; {state.expected_share():.2f} expected to run"
-        )
+        return _on_gpu_text(state)
     reason = _no_kernel(state)
     if reason is not None:
         return f"separate ops, since {reason}"
@@ -85,6 +88,15 @@ def running(state: State) -> str:
     if state.packed_bytes:
         text.append(f"copies of {state.packed_bytes / 1e6:.1f} MB")
     return "; ".join(text)
+
+
+def _on_gpu_text(state: State) -> str:
+    """Which schedules a site's Triton kernels follow at the share that is expected, dense ones among them."""
+    weight, share = state.weight("down"), state.expected_share()
+    spec = of_native(_spec(state), weight.dtype)
+    chosen = {n: choose(spec, Load(n, share), weight.device, dense=True) for n in REPORTED}
+    listed = "; ".join(f"{n} tokens: {spelt(schedule)}" for n, schedule in chosen.items())
+    return f"Triton kernels, an executed share of {share:.2f} being expected; {listed}"
 
 
 def _on_gpu(state: State) -> bool:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import d2dcompile as d2d
 from d2dcompile import backend as backend_module
-from d2dcompile import testing
+from d2dcompile import lowering, testing
 from d2dcompile.attachment import states
 from d2dcompile.errors import (
     ConversionMismatchError,
@@ -560,3 +560,12 @@ def test_operands_are_static_inputs_for_cuda_graphs(monkeypatch) -> None:
         compiled(converted(), inner="inductor")(torch.randn(3, 16))
     ((count, static),) = seen
     assert len(static) == count - 1
+
+
+def test_report_names_the_schedules_on_a_gpu(monkeypatch) -> None:
+    """Here for the device that the cost model takes where none is."""
+    monkeypatch.setattr(lowering, "_on_gpu", lambda state: True)
+    model = converted()
+    found = lowering.running(states(model)[0])
+    assert "1 tokens: d" in found and "64 tokens: d" in found and "4096 tokens: " in found
+    assert f"share of {states(model)[0].expected_share():.2f}" in found
