@@ -25,11 +25,12 @@ import torch
 from . import gpu_tuning, tuning
 from .cli_print import print_bench, print_compiled, print_entries
 from .errors import D2DError, TuningError
+from .ir import Conversion
 from .kernels.native import Spec
 from .store import STORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHAPE = re.compile(r"(\d+)x(\d+)\s+(.+?)(?:\s+(fp32|bf16))?")
+SHAPE = re.compile(r"(\d+)x(\d+)\s+(.+?)(?:\s+(fp32|bf16|fp16))?")
 EXPERT_SIZE, ROUTER = 64, 128  # of a shape that says nothing else
 
 
@@ -49,10 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     both = argparse.ArgumentParser(add_help=False)
     both.add_argument(
-        "--dtype", choices=DTYPES, help="the dtype to run in; of a conversion both by default"
-    )
-    both.add_argument(
-        "--device", default="auto", help="cpu, cuda, or auto (the default): a GPU if there is one"
+        "--dtype",
+        choices=DTYPES,
+        help="to run in; by default fp32 and bf16, of a conversion on a GPU bf16",
     )
     both.add_argument("--threads", type=int, help="of the kernels; by default torch's")
     both.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--effort", choices=tuning.ROWS, default="quick")
     tune.add_argument(
         "--budget", type=_seconds, default=120.0, help="for example 120s; default 120s"
+    )
+    tune.add_argument(
+        "--device", default="auto", help="cpu, cuda, or auto (the default): a GPU if there is one"
     )
     tune.add_argument(
         "--precompile-only", action="store_true", help="compile GPU kernels, measure nothing"
@@ -99,12 +102,13 @@ def _seconds(text: str) -> float:
     return number
 
 
-def _specs(given: argparse.Namespace) -> list[Spec]:
-    """The kinds of blocks that a command is about."""
-    dtypes = [DTYPES[given.dtype]] if given.dtype else []
+def _target(given: argparse.Namespace) -> tuple[Conversion | list[Spec], list[torch.dtype]]:
+    """What a command is about, and the dtypes that it asks for, none for the usual ones."""
     shape = SHAPE.fullmatch(given.target)
+    name = given.dtype or (shape[4] if shape is not None else None)
+    dtypes = [DTYPES[name]] if name else []
     if shape is not None:
-        return [_shape(shape, bf16) for bf16 in _bf16(given.dtype or shape[4])]
+        return [_shape(shape, bf16) for bf16 in (False, True)[: 2 - len(dtypes)]], dtypes
     if not Path(given.target).is_dir():
         raise TuningError(
             f"{given.target!r} is neither the folder of a saved conversion nor a shape such as "
@@ -112,11 +116,7 @@ def _specs(given: argparse.Namespace) -> list[Spec]:
         )
     from .reading import load
 
-    return tuning.specs_of(load(given.target), dtypes)
-
-
-def _bf16(name: str | None) -> list[bool]:
-    return [False, True] if name is None else [name == "bf16"]
+    return load(given.target), dtypes
 
 
 def _shape(found: re.Match[str], bf16: bool) -> Spec:
@@ -146,8 +146,9 @@ def _tune(given: argparse.Namespace) -> int:
     _threads(given)
     if given.precompile_only:
         return _precompile(given)
+    target, dtypes = _target(given)
     found = tuning.tune(
-        _specs(given), device=given.device, effort=given.effort, budget=given.budget
+        target, device=given.device, dtypes=dtypes, effort=given.effort, budget=given.budget
     )
     entries = [e for held in found.values() for e in (held if isinstance(held, list) else [held])]
     print_entries(entries, given.json)
@@ -159,10 +160,10 @@ def _precompile(given: argparse.Namespace) -> int:
     """Compile what a tuning run would time, for a target; nothing is measured or recorded."""
     from .gpu_trial import precompile
 
-    dtypes = [DTYPES[given.dtype]] if given.dtype else []
+    target, dtypes = _target(given)
     done = [
         precompile(spec, load, given.architecture, given.effort)
-        for spec in gpu_tuning.specs_of(_specs(given), dtypes)
+        for spec in gpu_tuning.specs_of(target, dtypes)
         for load in gpu_tuning.loads(spec, given.effort)
     ]
     print_compiled(done, given.json)
@@ -190,7 +191,7 @@ def _bench(given: argparse.Namespace) -> int:
     if any(n < 1 for n in given.tokens) or not all(0 < share <= 1 for share in given.shares):
         raise TuningError("--tokens have to be at least 1 and --shares in 0..1.")
     tables: list[dict[str, Any]] = []
-    for spec in _specs(given):
+    for spec in tuning.specs_of(*_target(given)):
         rows = tuning.bench(spec, given.tokens, given.shares, autotuned=given.max_autotune)
         tables.append({"spec": asdict(spec), "threads": torch.get_num_threads(), "rows": rows})
         if not given.json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .load import Block
+from .load import Block, Load
 from .tiles import Tile
 
 FEW = 64  # tokens up to which the union of chosen experts is streamed
@@ -40,6 +40,13 @@ class GpuSpec:
     def itemsize(self) -> int:
         """Bytes of a value."""
         return 4 if self.dtype == "fp32" else 2
+
+    def possible(self, load: Load) -> Load:
+        """The load, or of one expert a token if it says less: the one with the largest score always runs."""
+        if load.share * self.experts >= 1:
+            return load
+        share = 1 / self.experts
+        return Load(load.tokens, share, None if load.union is None else max(share, load.union))
 
     def block(self, router: int = ROUTER) -> Block:
         """The block as the cost model sees it."""

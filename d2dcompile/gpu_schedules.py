@@ -124,7 +124,7 @@ def choose(spec: GpuSpec, load: Load, device: torch.device, dense: bool) -> GpuS
 
     dense: whether every expert may run where few would be skipped; else chosen experts only.
     """
-    return _choose(spec, load, device, dense, _stamp())
+    return _choose(spec, spec.possible(load), device, dense, _stamp())
 
 
 def _stamp() -> int:
@@ -156,6 +156,11 @@ def _entry(item: Any) -> GpuEntry:
         raise ValueError("sizes, tiles and buckets have to be integers from 1 on")
     if any(type(flag) is not bool for flag in (spec.gated, schedule.swap, schedule.tma)):
         raise ValueError("gated, swap and tma have to be true or false")
+    held = min(up.block_m, schedule.down.block_m, FEW)
+    if schedule.strategy == "decode" and given["tokens"] > held:
+        raise ValueError(
+            f"a decode schedule holds {held} tokens, its entry is for {given['tokens']}"
+        )
     if schedule.strategy not in STRATEGIES:
         raise TuningError(
             f"Strategy {schedule.strategy!r} is not known; expected one of {', '.join(STRATEGIES)}."

@@ -26,14 +26,12 @@ from .gpu_candidates import modelled, ranked, text
 from .gpu_defaults import default
 from .gpu_schedules import GpuEntry, Where, bucket, key
 from .gpus import BYTES, Gpu
-from .ir import Conversion
-from .kernels import device as devices
 from .kernels import native
-from .kernels.expert_mlp.call import NAMES
-from .kernels.native import Spec
+from .kernels.expert_mlp.call import NAMES, of_native
 from .load import Load
 from .recording import record_masks
 from .store import STORE
+from .targets import Target, kinds_of
 
 LOADS = {  # numbers of tokens, executed shares
     "quick": ((1, 8, 64, 512, 4096), (0.1, 0.25)),
@@ -154,54 +152,10 @@ class ModelBench:
         return found
 
 
-def specs_of(
-    target: nn.Module | Conversion | Iterable[Spec], dtypes: Sequence[torch.dtype] = ()
-) -> list[GpuSpec]:
-    """The distinct kinds of blocks of a converted model, of a conversion, or as given, for a GPU.
-
-    dtypes: those in which the conversion's model is to run; for a model its weights' own by default, for
-    a conversion bf16.
-
-    Raises NoConversionError for a model without an attached conversion, TuningError for other dtypes.
-    """
-    if bad := [dtype for dtype in dtypes if dtype not in NAMES]:
-        raise TuningError(f"GPU kernels run float32, float16 and bfloat16; asked for {bad}.")
-    if isinstance(target, nn.Module):
-        held = attached(target)
-        kinds = [(state.experts, dtypes or [state.weight("down").dtype]) for state in held]
-    elif isinstance(target, Conversion):
-        kinds = [(experts, dtypes or [torch.bfloat16]) for experts in target.experts.values()]
-    else:
-        wanted = {torch.bfloat16: True, torch.float32: False}
-        return list(
-            dict.fromkeys(
-                of_native(spec, dtype)
-                for spec in target
-                for dtype in (dtypes or [d for d, bf16 in wanted.items() if bf16 == spec.bf16])
-            )
-        )
-    return list(
-        dict.fromkeys(
-            of_native(native.spec_of(experts, dtype), dtype)
-            for experts, wanted_here in kinds
-            for dtype in wanted_here
-            if dtype in NAMES
-        )
-    )
-
-
-def of_native(spec: Spec, dtype: torch.dtype) -> GpuSpec:
-    """A kind of block as GPU kernels see it, in a dtype."""
-    return GpuSpec(
-        d=spec.d,
-        out=spec.out,
-        experts=spec.experts,
-        size=spec.size,
-        gated=spec.gated,
-        activation=spec.activation,
-        precision=devices.precision(dtype),
-        dtype=NAMES[dtype],
-    )
+def specs_of(target: Target, dtypes: Sequence[torch.dtype] = ()) -> list[GpuSpec]:
+    """The distinct kinds of blocks of a target on GPUs, see `targets.kinds_of`; of a conversion in bf16."""
+    found = kinds_of(target, dtypes, tuple(NAMES), [torch.bfloat16])
+    return list(dict.fromkeys(of_native(spec, dtype) for spec, dtype in found))
 
 
 def masks_of(
@@ -283,7 +237,8 @@ def loads(spec: GpuSpec, effort: str, masks: Mapping[GpuSpec, Tensor] | None = N
     tokens, shares = LOADS[effort]
     recorded = None if masks is None else masks.get(spec)
     if recorded is None:
-        return [Load(n, share) for share in shares for n in tokens]
+        every = [spec.possible(Load(n, share)) for share in shares for n in tokens]
+        return list(dict.fromkeys(every))
     share = float(recorded.float().mean())
     return [Load(n, share, max(share, _union(recorded, n))) for n in tokens]
 

@@ -11,10 +11,10 @@ import torch
 from .errors import D2DWarning
 from .gpu_candidates import text as spelt
 from .gpu_schedules import choose
-from .gpu_tuning import of_native
 from .kernels import build, native
 from .kernels.device import has_triton
 from .kernels.dynamic_mlp import cpu
+from .kernels.expert_mlp.call import of_native
 from .load import Load
 from .passes import Match
 from .passes.insert_moe import Form, operand_names

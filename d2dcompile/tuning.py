@@ -24,12 +24,13 @@ from .attachment import attached
 from .errors import D2DWarning, TuningError
 from .gpu_blocks import GpuSpec
 from .gpu_schedules import GpuEntry
-from .ir import Conversion, Experts, Schedule
+from .ir import Schedule
 from .kernels import build, native
 from .kernels.device import has_triton
 from .kernels.native import Spec
 from .schedules import Entry
 from .store import STORE
+from .targets import Target, kinds_of
 from .trial import Candidate, Trial
 
 SHARE = 0.2  # executed, at which schedules are compared
@@ -42,33 +43,10 @@ ALWAYS_FUSED = 1 << 20  # tokens, where the two-phase schedule never won
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def specs_of(
-    target: nn.Module | Conversion | Iterable[Spec], dtypes: Sequence[torch.dtype] = ()
-) -> list[Spec]:
-    """The distinct kinds of blocks of a converted model, of a conversion, or as given.
-
-    dtypes: those in which the conversion's model is to run; for a model its weights' own by default,
-    for a conversion fp32 and bf16.
-
-    Raises NoConversionError for a model without an attached conversion, TuningError for other dtypes.
-    """
-    if bad := [dtype for dtype in dtypes if dtype not in DTYPES]:
-        raise TuningError(f"CPU kernels run float32 and bfloat16; asked for {bad}.")
-    if isinstance(target, nn.Module):
-        kinds: list[tuple[Experts, Sequence[torch.dtype]]] = [
-            (state.experts, dtypes or [state.weight("down").dtype]) for state in attached(target)
-        ]
-    elif isinstance(target, Conversion):
-        kinds = [(experts, dtypes or DTYPES) for experts in target.experts.values()]
-    else:
-        return list(dict.fromkeys(target))
-    found = [
-        native.spec_of(experts, dtype)
-        for experts, wanted in kinds
-        for dtype in wanted
-        if dtype in DTYPES
-    ]
-    return list(dict.fromkeys(found))
+def specs_of(target: Target, dtypes: Sequence[torch.dtype] = ()) -> list[Spec]:
+    """The distinct kinds of blocks of a target on CPUs, see `targets.kinds_of`; of a conversion in fp32 and
+    bf16."""
+    return list(dict.fromkeys(spec for spec, _ in kinds_of(target, dtypes, DTYPES, DTYPES)))
 
 
 @dataclass
@@ -194,7 +172,7 @@ class Run:
 
 
 def tune(
-    target: nn.Module | Conversion | Iterable[Spec],
+    target: Target,
     *,
     device: str | torch.device = "auto",
     batches: Iterable[Any] | None = None,

@@ -19,6 +19,7 @@ from .. import device, emit, render
 from ..device import programs
 from ..dispatch import buffers
 from ..launching import Launched, launch, noting
+from ..native import Spec
 
 MOST_COLUMNS = 1024  # of a program that adds up pairs
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -44,10 +45,7 @@ def scalar_count(text: str) -> int:
 
 def _functions(text: str) -> str:
     """Triton functions of an activation text: `activation`, which loads its scalars, and what it calls."""
-    count = 1 + max(
-        (int(name[1:]) for name in parse(text).variables() if name[0] == "p"), default=-1
-    )
-    loads = "".join(f"tl.load(p_ptr + {i}), " for i in range(count))
+    loads = "".join(f"tl.load(p_ptr + {i}), " for i in range(scalar_count(text)))
     wrapper = (
         f"@triton.jit\ndef activation(up, gate, p_ptr):\n    return value(up, gate, ({loads}))"
     )
@@ -59,6 +57,7 @@ def _functions(text: str) -> str:
 
 @lru_cache(maxsize=256)
 def source_or_none(spec: GpuSpec) -> str | None:
+    """The source of a block's kernels, or None for an activation without Triton spelling."""
     try:
         return source(spec)
     except KernelError:
@@ -68,6 +67,7 @@ def source_or_none(spec: GpuSpec) -> str | None:
 def spec_of(
     x: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Tensor | None, w_down: Tensor, activation: str
 ) -> GpuSpec:
+    """What the kernels of a call depend on, from its operands."""
     experts = offsets.numel() - 1
     return GpuSpec(
         d=x.shape[-1],
@@ -78,6 +78,20 @@ def spec_of(
         activation=activation,
         precision=device.precision(x.dtype),
         dtype=NAMES[x.dtype],
+    )
+
+
+def of_native(spec: Spec, dtype: torch.dtype) -> GpuSpec:
+    """A kind of block as its Triton kernels see it, in a dtype."""
+    return GpuSpec(
+        d=spec.d,
+        out=spec.out,
+        experts=spec.experts,
+        size=spec.size,
+        gated=spec.gated,
+        activation=spec.activation,
+        precision=device.precision(dtype),
+        dtype=NAMES[dtype],
     )
 
 
