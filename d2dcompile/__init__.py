@@ -15,11 +15,13 @@ from .attachment import attach, detach, set_tau
 from .config import Config
 from .conversion import convert
 from .explaining import Report, explain
+from .finetuning import Finetuning, finetune
 from .ir import Conversion, Experts, Miss, Plan, Site
-from .measuring import SiteStats, Stats, fit_tau, measure
+from .measuring import SiteStats, Stats, measure
 from .reading import load
 from .relufying import Relufied, relufy
 from .rewriting import rewrite
+from .solving import fit_tau
 from .sparsifying import SiteSparsity, Sparsifier, sparsify
 from .tuning import tune
 
@@ -29,6 +31,7 @@ __all__ = [
     "Config",
     "Conversion",
     "Experts",
+    "Finetuning",
     "Miss",
     "Plan",
     "Relufied",
@@ -43,6 +46,7 @@ __all__ = [
     "detach",
     "errors",
     "explain",
+    "finetune",
     "fit_tau",
     "load",
     "measure",

@@ -63,7 +63,7 @@ class Slot:
         """The graph's operands for an attached site."""
         if self.form == "record":
             return (state.prepared(self.packs, self.int8).record,)
-        return state.operands()
+        return state.operands(self.form)
 
 
 def operands_of(slots: Sequence[Slot], states: Sequence[State]) -> list[Tensor]:
@@ -143,7 +143,7 @@ class Dispatching:
         if states is None:
             return self._run_dense(args)
         operands = operands_of(self._slots, states)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not any(state.learning for state in states):
             self._last = Looked.of(self._slots, states, weights, operands)
         return self._compiled(*args, *operands)
 

@@ -53,6 +53,10 @@ class SparsifyError(D2DError, ValueError):
     """`sparsify` or `relufy` got an impossible argument, or a site whose activation it cannot reach."""
 
 
+class FinetuneError(D2DError, ValueError):
+    """`finetune` got an impossible argument, a foreign conversion, or a model that is in it already."""
+
+
 class ExpressionError(D2DError, ValueError):
     """An activation text is not an elementwise expression over known operators."""
 

@@ -42,6 +42,9 @@ def lower(
     chosen: dict[str, State] = {}
     for found in matches:
         state = states[found.site.name]
+        if state.learning is not None and torch.is_grad_enabled():
+            forms[found.site.name] = "learning"
+            continue
         if _on_gpu(state):
             forms[found.site.name] = "routed"
             continue
@@ -57,7 +60,7 @@ def lower(
     for name, block in blocks.items():
         if int(block.record[0]):
             forms[name] = "record"
-    left = [name for name, form in forms.items() if form != "record"]
+    left = [name for name, form in forms.items() if form not in ("record", "learning")]
     if int8 and left and not torch.is_grad_enabled():
         warnings.warn(
             f"int8=True has no effect on {len(left)} of {len(forms)} blocks ({', '.join(left[:3])}"

@@ -1,23 +1,20 @@
-"""measure and fit_tau: what a converted model executes at its present tau, and which tau fits a budget."""
+"""measure: what a converted model executes at its present tau, per site and in all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .attachment import set_tau, states
+from .attachment import states
 from .capture import unwrap
-from .errors import BudgetError, CalibrationError, NoConversionError
+from .errors import CalibrationError, NoConversionError
 from .probe import Graph, arguments, countable, flop_counter, insert_observer, probing
 from .rewriting import Rewritten, rewrite_captured, state_of
 from .state import State
-
-TOLERANCE = 0.003  # of the budget's unit, a share of 1; below the noise of any real stream
-EVALUATIONS = 24  # enough to bisect 0..1 to 1e-7
 
 
 @dataclass
@@ -74,14 +71,24 @@ class Stats:
 
 
 class Measuring:
-    """Observer that runs graphs with their experts and counts what they execute."""
+    """Observer that runs graphs with their experts and counts what they execute.
 
-    def __init__(self) -> None:
+    Attributes:
+        stats: the counts so far.
+        flops: whether everything outside of the sites is counted too, which costs time.
+        dense: whether graphs run dense instead, and count nothing.
+    """
+
+    def __init__(self, flops: bool = True) -> None:
         self.stats = Stats()
+        self.flops = flops
+        self.dense = False
         self._running: list[State] = []
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
         """Run the graph as the backend would, uncompiled, and count its multiply-adds."""
+        if self.dense:
+            return graph.gm.forward(*args)
         found = [state_of(match, None) for match in graph.matches]
         converted = tuple(i for i, state in enumerate(found) if state is not None)
         self._running = [state for state in found if state is not None]
@@ -89,6 +96,8 @@ class Measuring:
             state.check()
         rewritten: Rewritten = graph.variant(converted, lambda: _counting(graph, converted))
         extra = [tensor for state in self._running for tensor in state.operands()]
+        if not self.flops:
+            return rewritten.gm.forward(*args, *extra)
         with flop_counter() as counter:
             result = rewritten.gm.forward(*args, *extra)
         macs = counter.get_total_flops() // 2
@@ -164,93 +173,3 @@ def measure(model: nn.Module, batches: Iterable[Any]) -> Stats:
     stats.bytes = stats.batches * others + sum(site.bytes for site in sites)
     stats.dense_bytes = stats.batches * others + sum(site.dense_bytes for site in sites)
     return stats
-
-
-def fit_tau(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    budget: float | None = None,
-    macs: float | None = None,
-    quality: float | None = None,
-    metric: Callable[[nn.Module], float] | None = None,
-) -> float:
-    """The one tau for all sites that meets a target on the batches; sets it and returns it.
-
-    Give one target: budget, the executed share of (token, expert) pairs; macs, the multiply-adds of
-    the whole model as a share of the dense ones; or quality, a floor for `metric(model)` (larger is
-    better). The smallest tau within the cost, or the largest that keeps the quality, is found by
-    bisection to 0.003 of the target.
-
-    Raises BudgetError if not exactly one target is given or none in 0..1 reaches it; tau is then what
-    it was before.
-    """
-    given = {"budget": budget, "macs": macs, "quality": quality}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if len(chosen) != 1 or (quality is not None) != (metric is not None):
-        raise BudgetError(
-            f"Seen: {', '.join(chosen) or 'no target'}{' and a metric' if metric else ''}. Expected "
-            "exactly one of budget=, macs= (both shares of 1), or quality= together with metric=."
-        )
-    held = list(batches)
-    before: Mapping[str, float] = {state.site.name: state.tau for state in states(model)}
-    name, target = next(iter(chosen.items()))
-
-    def excess(tau: float) -> float:
-        """How far the cost at tau is above the target; for quality, how far it is above the floor."""
-        set_tau(model, tau)
-        if metric is not None:
-            return float(metric(model)) - target
-        stats = measure(model, held)
-        return (stats.executed if name == "budget" else stats.macs / stats.dense_macs) - target
-
-    try:
-        tau = _largest_above(excess) if metric is not None else _smallest_below(excess)
-    except BaseException:
-        if before:
-            set_tau(model, before)
-        raise
-    set_tau(model, tau)
-    return tau
-
-
-def _smallest_below(excess: Callable[[float], float]) -> float:
-    """The smallest tau whose excess is at most 0, and within the tolerance of it if it can be."""
-    low, high = 0.0, 1.0
-    if excess(low) <= 0:
-        return low
-    least = excess(high)
-    if least > 0:
-        raise BudgetError(
-            f"Even tau = 1, the arg-max expert alone, is {least:.3f} above the target. Ask for more, "
-            "or convert with more experts per block."
-        )
-    for _ in range(EVALUATIONS):
-        middle = (low + high) / 2
-        value = excess(middle)
-        if value > 0:
-            low = middle
-        else:
-            high = middle
-            if value > -TOLERANCE:
-                break
-    return high
-
-
-def _largest_above(excess: Callable[[float], float]) -> float:
-    """The largest tau whose excess is at least 0, taking it to fall with tau."""
-    low, high = 0.0, 1.0
-    least = excess(low)
-    if least < 0:
-        raise BudgetError(
-            f"The quality at tau = 0, the dense model, is {-least:.4f} below the floor. Ask for less."
-        )
-    if excess(high) >= 0:
-        return high
-    for _ in range(EVALUATIONS // 2):
-        middle = (low + high) / 2
-        if excess(middle) >= 0:
-            low = middle
-        else:
-            high = middle
-    return low

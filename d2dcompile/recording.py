@@ -32,7 +32,7 @@ class Recording(Measuring):
         missing = MOST_ROWS - sum(map(len, held))
         if missing > 0:
             rows = x.reshape(-1, x.shape[-1])[:missing]
-            router1, router2 = (w.to(x) for w in (state.experts.router1, state.experts.router2))
+            router1, router2 = (w.to(x) for w in state.routers)
             scores = F.linear(F.relu(F.linear(rows, router1)), router2).abs()
             held.append(gate.meaning(scores, state.tau_on(x.device)).cpu())
 

@@ -119,7 +119,7 @@ def fit_router(
         router = Router((w1 / scale_in).contiguous(), w2 * scale_out, {})
         held = held[: max(1, CHUNK // (x.shape[1] + 4 * goal.shape[1]))]
         stats = {"exponent": exponent, "loss": loss, "tokens": float(len(x))}
-        stats |= _judge(router(x[held]), goal[held] * scale_out)
+        stats |= judge(router(x[held]), goal[held] * scale_out)
     return Router(router.w1, router.w2, stats)
 
 
@@ -231,7 +231,7 @@ def _scales(x: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _judge(scores: Tensor, goal: Tensor) -> dict[str, float]:
+def judge(scores: Tensor, goal: Tensor) -> dict[str, float]:
     """What the masks of the scores get right, both [T, E], and the explained variance."""
     spread = (goal - goal.mean(0)).square().sum().clamp_min(1e-30)
     stats = {"r2": 1 - ((scores - goal).square().sum() / spread).item()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,12 +24,21 @@ from .kernels.dynamic_mlp import Prepared, cpu
 from .kernels.expert_mlp.gpu import EXPECTED
 from .kernels.gate import tau_bits
 from .layout import digest, slabs
-from .passes.insert_moe import operand_names
+from .passes.insert_moe import Form, operand_names
 
 
 def meaning(activation: str) -> str:
     """An activation apart from its changes of dtype and dropout: equal for what computes the same."""
     return str(quiet(without_casts(parse(activation))))
+
+
+@dataclass(frozen=True, eq=False)
+class Learning:
+    """A router while it learns: router1 [R, D], router2 [E, R] fp32, and aims [3] (see kernels.credit)."""
+
+    router1: nn.Parameter
+    router2: nn.Parameter
+    aims: Tensor
 
 
 class State:
@@ -46,7 +56,14 @@ class State:
         self._prepared: dict[tuple[bool, bool], tuple[Any, Prepared]] = {}
         self.forced: Tensor | None = None  # see force_masks
         self.schedule = Schedule()
+        self.learning: Learning | None = None  # see d2dcompile.finetuning
         self.seen = self._fingerprint()
+
+    @property
+    def routers(self) -> tuple[Tensor, Tensor]:
+        """router1 [R, D] and router2 [E, R] as they are now."""
+        source = self.learning or self.experts
+        return source.router1, source.router2
 
     def weight(self, role: str) -> nn.Parameter:
         """The live parameter of a role ("up", "down.bias", ...)."""
@@ -77,6 +94,11 @@ class State:
             held.copy_(tau_bits(tau, device))
         self.steer()
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """The thresholds that run the most and the fewest experts; solvers search between them."""
+        return 0.0, 1.0
+
     def tau_on(self, device: torch.device) -> Tensor:
         """The threshold as int32 bits on a device; the same tensor for the life of the state."""
         if device not in self._tau:
@@ -86,9 +108,11 @@ class State:
 
     def _fingerprint(self) -> tuple[Any, ...]:
         """Cheap identity of the weights' values: in-place edits and swaps of storage change it."""
+        tensors = [ref() for ref in self._weights.values()]
+        learning = self.routers if self.learning is not None else ()
         return tuple(
             (p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version)
-            for p in (ref() for ref in self._weights.values())
+            for p in (*tensors, *learning)
             if p is not None
         )
 
@@ -99,7 +123,7 @@ class State:
         A cast to another float dtype or a move to another device is recognised by its own hash.
         """
         now = self._fingerprint()
-        if now == self.seen:
+        if now == self.seen or self.learning is not None:
             return
         for role, name in self.site.tensors.items():
             known = self.experts.hashes[role]["permuted"]
@@ -117,17 +141,18 @@ class State:
         self._expect(None)
         self._cache.clear()
 
-    def operands(self) -> tuple[Tensor, ...]:
+    def operands(self, form: Form = "ops") -> tuple[Tensor, ...]:
         """What the inserted nodes take, in the order of `operand_names`; views of the live weights.
 
-        While gradients are recorded the views are made anew, so that they lead back to the weights.
+        While gradients are recorded the views are made anew, so that they lead back to the weights, and
+        while the router learns, since copies of it in another dtype would not.
         """
         live = torch.is_grad_enabled() and any(
             self.weight(role).requires_grad for role in self._weights
         )
-        if live:
+        if live or self.learning is not None:
             self._expect(None)
-            return self._operands(detach=False)
+            return self._operands(detach=not torch.is_grad_enabled(), form=form)
         key = tuple(entry[:2] for entry in self._fingerprint())
         if self._cache.get("key") != key:
             self._expect(None)
@@ -200,6 +225,12 @@ class State:
         self.forced = masks
         self.steer()
 
+    def renew(self, experts: Experts) -> None:
+        """Go on with experts of the same site that were recorded anew from its weights as they are."""
+        self.experts, self.learning = experts, None
+        self.seen = self._fingerprint()
+        self.release()
+
     def release(self) -> None:
         """Drop what was made for kernels: records and packed copies."""
         self._expect(None)
@@ -213,7 +244,7 @@ class State:
         copies = [copy for block in blocks for copy in (block.packed, block.quantised)]
         return sum(copy.nbytes for copy in copies if copy is not None)
 
-    def _operands(self, *, detach: bool) -> tuple[Tensor, ...]:
+    def _operands(self, *, detach: bool, form: Form = "ops") -> tuple[Tensor, ...]:
         weights = {role: self.weight(role) for role in self._weights}
         down = weights["down"]
         values = {
@@ -221,6 +252,9 @@ class State:
         }
         values["tau"] = self.tau_on(down.device)
         first = values["w_up"]
-        for name, router in (("router1", self.experts.router1), ("router2", self.experts.router2)):
-            values[name] = router.to(first.device, first.dtype)
-        return tuple(values[name] for name in operand_names(self.site))
+        for name, router in zip(("router1", "router2"), self.routers, strict=True):
+            held = router.detach() if detach else router
+            values[name] = held.to(first.device, first.dtype)
+        if form == "learning":
+            values["aims"] = self.learning.aims if self.learning is not None else first.new_zeros(3)
+        return tuple(values[name] for name in operand_names(self.site, form))

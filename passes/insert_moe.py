@@ -4,7 +4,8 @@
     lists = dispatch(mask)                     y = expert_mlp(x, *lists, slabs, biases, f)
 
 or with the first line as one op, lists = route(x, router1, router2, tau), which GPU kernels run at once,
-or all of it as one, y = dynamic_mlp(x, record), on CPUs. The only pass that edits a graph.
+or all of it as one, y = dynamic_mlp(x, record), on CPUs. Where routers learn, the first form reads
+x.detach() and ends in y = credit(y, scores, ...). The only pass that edits a graph.
 Operands (slabs, router, tau, or the record of them) are nodes made by the caller: trailing placeholders
 for the backend, attributes for programmatic rewriting.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..ir import Site
+from ..kernels.credit import credit
 from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
 from ..kernels.expert_mlp import expert_mlp
@@ -33,8 +35,9 @@ from .halves import SPLITS
 from .linear import Linear
 from .names import CASTS, SHAPE_ONLY, VIEWS, argument, dtype_of, op_name
 
-Form = Literal["ops", "routed", "record"]
-"""What stands for a site: router, gate, dispatch and experts; route and experts; or one op with a record."""
+Form = Literal["ops", "routed", "record", "learning"]
+"""What stands for a site: router, gate, dispatch and experts; route and experts; one op with a record; or
+the first with gradients for routers."""
 
 _SHAPE_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "Size")
 
@@ -50,7 +53,7 @@ class Inserted:
 def operand_names(site: Site, form: Form = "ops") -> tuple[str, ...]:
     """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs.
 
-    The form "record" takes a record only.
+    The form "record" takes a record only, the form "learning" aims too.
     """
     if form == "record":
         return ("record",)
@@ -62,7 +65,8 @@ def operand_names(site: Site, form: Form = "ops") -> tuple[str, ...]:
             present |= {"b_up", "b_gate"}
         elif role in ("up", "gate", "down"):
             present.add(f"b_{role}")
-    return ("router1", "router2", "tau", *(name for name in SLABS if name in present))
+    aims = ("aims",) if form == "learning" else ()
+    return ("router1", "router2", "tau", *aims, *(name for name in SLABS if name in present))
 
 
 def insert_moe(
@@ -85,8 +89,7 @@ def insert_moe(
     if form == "record":
         call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out))
     else:
-        offsets, args = _experts(graph, match, at, x, slabs, form)
-        call = (expert_mlp.overload, args)
+        offsets, call = _experts(graph, match, at, x, slabs, form)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
     output = _output(graph, match, root, call, rows)
     for node in reversed(match.inside[:-1]):
@@ -105,15 +108,16 @@ def _experts(
     x: Node,
     slabs: Mapping[str, Node],
     form: Form,
-) -> tuple[Node, tuple[Any, ...]]:
-    """Routing before the block's last node: offsets, and expert_mlp's arguments."""
+) -> tuple[Node, tuple[Any, tuple[Any, ...]]]:
+    """Routing before the block's last node: offsets, and the call that gives the block's output."""
     with graph.inserting_before(at(match.root)):
         if form == "routed":
             router = (slabs["router1"], slabs["router2"], slabs["tau"])
             lists = graph.call_function(route.overload, (x, *router))
         else:
+            read = graph.call_method("detach", (x,)) if form == "learning" else x
             hidden = graph.call_function(
-                F.relu, (graph.call_function(F.linear, (x, slabs["router1"])),)
+                F.relu, (graph.call_function(F.linear, (read, slabs["router1"])),)
             )
             scores = graph.call_function(
                 torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
@@ -123,7 +127,12 @@ def _experts(
         parts = [graph.call_function(getitem, (lists, i)) for i in range(3)]
     noise = _noise(graph, match, at) if match.noise is not None else None
     scalars = [at(node) for node in match.scalars]
-    return parts[1], (x, *parts, *map(slabs.get, SLABS), noise, scalars, match.activation)
+    args = (x, *parts, *map(slabs.get, SLABS), noise, scalars, match.activation)
+    if form != "learning":
+        return parts[1], (expert_mlp.overload, args)
+    with graph.inserting_before(at(match.root)):
+        y = graph.call_function(expert_mlp.overload, args)
+    return parts[1], (credit.overload, (y, scores, slabs["aims"], *args))
 
 
 def _inputs(
@@ -135,7 +144,7 @@ def _inputs(
         x = graph.call_function(torch.movedim, (x, axis, -1))
     if match.dtype is not None:
         x = graph.call_method("to", (x, match.dtype))
-        for name in [name for name in slabs if name not in ("tau", "record")]:
+        for name in [name for name in slabs if name not in ("tau", "aims", "record")]:
             slabs[name] = graph.call_method("to", (slabs[name], match.dtype))
     return x, slabs
 
