@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -173,3 +174,17 @@ def measure(model: nn.Module, batches: Iterable[Any]) -> Stats:
     stats.bytes = stats.batches * others + sum(site.bytes for site in sites)
     stats.dense_bytes = stats.batches * others + sum(site.dense_bytes for site in sites)
     return stats
+
+
+def dense_macs(model: nn.Module, batch: Any) -> int:
+    """Multiply-adds of the plain model on one batch: matrix products and convolutions, nothing else.
+
+    batch: as one of `convert`. Nothing is read from tensors, so with model and batch on torch's meta
+    device it takes seconds at any size. Attention scores and values count in full under a causal mask, and
+    padding counts, as in the D2DMoE code; that one (fvcore's counter) adds one per element of element-wise
+    operations, two of softmax, and the width of each embedding looked up.
+    """
+    args, kwargs = arguments(batch)
+    with torch.no_grad(), flop_counter() as counter:
+        unwrap(model)(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2
