@@ -94,7 +94,7 @@ def credit_backward(
     if fit:
         values = inputs_of(rows, slice(None), *slabs)
         values["noise"] = rows.new_ones(())
-        parts = function(activation)(values).reshape(len(rows), s.shape[1], -1)
+        parts = function(activation)(values).reshape(len(rows), s.shape[1], len(w_up) // s.shape[1])
         norms = expert_norms(parts, gram(w_down.reshape(s.shape[1], -1, w_down.shape[1])))
         total += fit * fit_slope(s, norms.to(wide).pow(exponent))
     return total.to(scores.dtype).reshape(scores.shape)
