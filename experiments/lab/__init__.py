@@ -31,7 +31,7 @@ like any token), as a share of the dense ones: `Point.cost` of the converted blo
 `Point.model_cost` of the whole model.
 """
 
-from .baselines import Oracle, StaticTopK, Threshold, Wina, oracle, static_topk, wina
+from .baselines import SHARES, Oracle, StaticTopK, Threshold, Wina, oracle, static_topk, wina
 from .curves import BUDGETS, at_budget, critical, summary
 from .emulation import Block, Rule, Tally, blocks_of, emulate
 from .methods import (
@@ -53,6 +53,7 @@ from .training import History, Recipe, moved, settings_of, train, trained
 
 __all__ = [
     "BUDGETS",
+    "SHARES",
     "TAUS",
     "Batch",
     "Block",

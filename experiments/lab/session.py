@@ -97,8 +97,13 @@ class Session:
         return path
 
 
-def session(name: str, about: str | None, argv: Sequence[str] | None = None) -> Session:
-    """Parse the command line of an experiment; `about` is its docstring."""
+def session(
+    name: str, about: str | None, argv: Sequence[str] | None = None, shared: str = ""
+) -> Session:
+    """Parse the command line of an experiment; `about` is its docstring.
+
+    shared: the experiment whose folder of checkpoints it uses, if not its own.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{name}",
         description=about,
@@ -112,7 +117,7 @@ def session(name: str, about: str | None, argv: Sequence[str] | None = None) -> 
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints first")
     given = parser.parse_args(sys.argv[1:] if argv is None else argv)
     quick = "-quick" if given.quick else ""
-    out = given.out or results.ROOT / "out" / "experiments" / f"{name}{quick}"
+    out = given.out or results.ROOT / "out" / "experiments" / f"{shared or name}{quick}"
     if given.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
