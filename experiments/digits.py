@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from experiments import lab
-from experiments.lab.baselines import SHARES
 from experiments.lab.methods import model_macs, on
 from experiments.vit import QUICK, Sizes, Stages, digits
 
@@ -30,7 +29,7 @@ def methods_of(
     """The curves of one seed by method, the dense model's quality, and notes."""
     task, steps, device, sizes = stages.task, stages.steps, stages.device, stages.sizes
     taus = FEW if quick else lab.TAUS
-    shares = (1.0, 0.5, 0.2) if quick else SHARES
+    shares = (1.0, 0.5, 0.2) if quick else lab.SHARES
     sparsities = (0.0, 0.5, 0.8) if quick else SPARSITIES
     calibration = on(device, task.calibration)
     curves: dict[str, list[lab.Point]] = {}
@@ -113,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         curves,
         dense,
         {"sizes": repr(sizes), "per_seed": notes},
+        ours="D2DMoE",
     )
     return 0
 

@@ -250,6 +250,18 @@ def test_budgets_and_critical_costs_are_read_off_between_points() -> None:
     assert found["budgets"]["0.1"] is None and found["budgets"]["0.5"]["max"] == 0.9
 
 
+def test_gaps_are_paired_by_seed_and_turn_where_lower_is_better() -> None:
+    ours = [curve((1.0, 3.0), (0.1, 3.0)), curve((1.0, 5.0), (0.1, 5.0))]
+    rival = [curve((1.0, 2.0), (0.1, 2.0)), curve((1.0, 6.5), (0.5, 6.5))]
+    for higher, better in ((True, -0.25), (False, 0.25)):
+        found = lab.summary({"a": ours, "b": rival}, [{"q": 3.0}] * 2, {"q": higher})
+        gap = lab.gaps(found, "a", ["b"], "q", higher)["b"]
+        assert gap["gaps"]["0.6"]["mean"] == pytest.approx(better)
+        assert gap["gaps"]["0.6"]["std"] == pytest.approx(1.25 * 2**0.5)
+        assert gap["gaps"]["0.2"] is None  # one seed of the rival cannot go there
+        assert gap["nowhere_worse"] is not higher
+
+
 def test_the_report_stands_between_its_markers_and_needs_them() -> None:
     text = f"a\n{report.BEGIN}\nold\n{report.END}\nb"
     once = report.replaced(text, "new")

@@ -10,6 +10,7 @@ from .methods import Point
 
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 WITHIN = 0.01  # of the dense quality: what counts as equal
+GOALS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)  # budgets at which methods are compared
 
 
 def at_budget(points: Sequence[Point], budget: float, metric: str) -> float | None:
@@ -95,3 +96,32 @@ def summary(
                 "reached": sum(cost is not None for cost in costs),
             }
     return found
+
+
+def gaps(
+    found: Mapping[str, Any],
+    ours: str,
+    rivals: Sequence[str],
+    metric: str,
+    higher: bool,
+    budgets: Sequence[float] = GOALS,
+) -> dict[str, Any]:
+    """By rival and budget: how much better `ours` is, paired by seed, and whether it is nowhere worse.
+
+    found: a `summary`. Budgets that one of the two cannot go down to are null and decide nothing. Worse is a
+    mean gap below zero, whatever the spread: that is given beside it.
+    """
+    result: dict[str, Any] = {}
+    sign = 1.0 if higher else -1.0
+    for rival in rivals:
+        by_budget: dict[str, Any] = {}
+        for budget in budgets:
+            one, other = (found[name][metric]["budgets"][f"{budget:g}"] for name in (ours, rival))
+            if one is None or other is None:
+                by_budget[f"{budget:g}"] = None
+                continue
+            pairs = zip(one["values"], other["values"], strict=True)
+            by_budget[f"{budget:g}"] = spread([sign * (a - b) for a, b in pairs])
+        means = [gap["mean"] for gap in by_budget.values() if gap is not None]
+        result[rival] = {"gaps": by_budget, "nowhere_worse": bool(means) and min(means) >= 0}
+    return result

@@ -69,19 +69,28 @@ class Session:
         curves: Mapping[str, Sequence[Sequence[Point]]],
         dense: Sequence[Mapping[str, float]],
         notes: Mapping[str, Any],
+        ours: str = "",
     ) -> Path:
         """Write <name>.json and <name>.png; the JSON's path.
 
         curves: {method: one curve per seed}; dense: the dense model's quality per seed; notes: whatever
-        else was found (sizes, resolution, what was not run and why).
+        else was found (sizes, resolution, what was not run and why). ours: the method that all others are
+        compared with, budget by budget.
         """
         path = self.folder() / f"{self.name}.json"
+        summary = reading.summary(curves, dense, metrics)
+        rivals = [method for method in curves if method != ours] if ours else []
         payload = {
             "title": title,
             "quick": self.quick,
             "metrics": dict(metrics),
             "dense": list(dense),
-            "summary": reading.summary(curves, dense, metrics),
+            "summary": summary,
+            "ours": ours,
+            "gaps": {
+                metric: reading.gaps(summary, ours, rivals, metric, higher)
+                for metric, higher in metrics.items()
+            },
             "curves": {
                 method: [[point.json() for point in run] for run in runs]
                 for method, runs in curves.items()
