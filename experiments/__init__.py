@@ -1,0 +1,1 @@
+"""Experiments: quality against cost, one script each. `python -m experiments.digits --quick`."""

@@ -1,0 +1,186 @@
+"""What each part of D2DMoE is worth, on the digits ViT: one part changed at a time.
+
+The reference: ReLU, square Hoyer, balanced k-means on weights, experts of the experiment's size, routers on
+norms, dynamic k. Base models are those of experiments/digits.py, and are read from its folder if they are
+there. `python -m experiments.ablations`.
+
+- no sparsification: ReLU alone, and GELU alone, as they were trained; L1 in the place of Hoyer.
+- static k: the same routers, the k best experts of every token.
+- MoEfication's router target: activation sums, cross-entropy, static k.
+- expert size: 4 to 256 neurons.
+- clustering: random, and by co-activation where this version has it.
+- projections: Q, K, V and O as blocks too, where this version has `replace_projections`; more is converted
+  then, so compare its `model_cost` with the others', not its `cost`.
+- int8: the blocks' weights rounded to 8 bits per row before the conversion; quality alone, no kernel's time.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import d2dcompile as d2d
+from experiments import lab
+from experiments.lab.methods import on
+from experiments.vit import QUICK, Sizes, Stages, digits
+
+EXPERT_SIZES = (4, 8, 16, 32, 64, 256)
+TAUS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
+
+
+class Variants:
+    """The curves of one seed, each a model converted in one way."""
+
+    def __init__(self, stages: Stages, quick: bool) -> None:
+        self.stages, self.quick = stages, quick
+        self.task, self.steps, self.device = stages.task, stages.steps, stages.device
+        self.taus = (0.0, 0.3, 1.0) if quick else TAUS
+        self.curves: dict[str, list[lab.Point]] = {}
+        self.skipped: dict[str, str] = {}
+
+    def add(
+        self,
+        name: str,
+        model: nn.Module,
+        key: dict[str, Any],
+        **changes: Any,
+    ) -> nn.Module:
+        """Convert a copy of the model and measure it over tau; the copy."""
+        model = copy.deepcopy(model)
+        config = self.stages.sizes.config(**changes)
+        lab.converted(
+            self.steps, f"ablation-{slug(name)}", key, self.task, model, config, self.device
+        )
+        self.curves[name] = lab.dynamic(self.task, model, self.device, self.taus)
+        return model
+
+    def run(self) -> None:
+        """All of them."""
+        weight = self.stages.sizes.weight
+        dense, dense_key = self.stages.dense()
+        relu, relu_key = self.stages.finetuned(None)
+        sparse, key = self.stages.finetuned("hoyer", weight)
+        reference = self.add("reference", sparse, key)
+        self.static(reference, key)
+        self.add("no sparsification, ReLU", relu, relu_key)
+        self.add("no sparsification, GELU", dense, dense_key)
+        l1, l1_key = self.stages.finetuned("l1", weight)
+        self.add("L1 instead of Hoyer", l1, l1_key)
+        self.sizes(sparse, key)
+        self.add("random experts", sparse, key, clustering="random")
+        self.coactivation(sparse, key)
+        self.add(
+            "int8 weights", rounded(sparse, self.task.test[0], self.device), {**key, "int8": 1}
+        )
+        self.projections(sparse, key)
+
+    def static(self, reference: nn.Module, key: dict[str, Any]) -> None:
+        """Static k on the reference's routers, and on MoEfication's."""
+        shares = (1.0, 0.5, 0.2) if self.quick else lab.SHARES
+        task, sizes, calibration = (
+            self.task,
+            self.stages.sizes,
+            on(self.device, self.task.calibration),
+        )
+        self.curves["static k"] = lab.emulated(
+            task, reference, self.device, lab.static_topk(reference, shares)
+        )
+        blocks = lab.blocks_of(reference, calibration[0])
+        routers = self.steps.tensors(
+            "ablation-moefication",
+            {**key, "expert": sizes.expert, "router": sizes.router, "epochs": sizes.epochs},
+            lambda: lab.fit_moefication(
+                reference, blocks, calibration, width=sizes.router, epochs=sizes.epochs
+            ),
+        )
+        self.curves["static k, MoEfication's router"] = lab.emulated(
+            task, reference, self.device, lab.moefication(reference, routers, shares)
+        )
+
+    def sizes(self, sparse: nn.Module, key: dict[str, Any]) -> None:
+        """Other expert sizes; one expert per block has no choice, so it is left out."""
+        sizes = self.stages.sizes
+        for size in (16,) if self.quick else EXPERT_SIZES:
+            if size != sizes.expert and size < sizes.hidden:
+                self.add(f"experts of {size}", sparse, key, expert_size=size)
+
+    def coactivation(self, sparse: nn.Module, key: dict[str, Any]) -> None:
+        """Neurons that are active together in one expert."""
+        try:
+            d2d.Config(clustering="coactivation")
+        except d2d.errors.ConfigError:
+            self.skipped["co-activation"] = "Config has no clustering 'coactivation'"
+            return
+        self.add("co-activation clustering", sparse, key, clustering="coactivation")
+
+    def projections(self, sparse: nn.Module, key: dict[str, Any]) -> None:
+        """Q, K, V and O replaced by blocks that are converted with the others."""
+        replace = getattr(d2d, "replace_projections", None)
+        if replace is None:
+            self.skipped["projections"] = "d2dcompile has no replace_projections"
+            return
+        model = copy.deepcopy(sparse)
+        replace(model, on(self.device, self.task.calibration))
+        self.curves["FFN and projections"] = self.replaced(model, key)
+
+    def replaced(self, model: nn.Module, key: dict[str, Any]) -> list[lab.Point]:
+        """The curve of a model with replaced projections; costs are shares of the blocks it now has."""
+        d2d.convert(
+            model,
+            on(self.device, self.task.calibration),
+            self.stages.sizes.config(),
+            progress=False,
+        )
+        return lab.dynamic(self.task, model, self.device, self.taus)
+
+
+@torch.no_grad()
+def rounded(model: nn.Module, batch: lab.Batch, device: torch.device) -> nn.Module:
+    """A copy whose blocks' weights are int8 values times a scale per output row, as fp32."""
+    model = copy.deepcopy(model)
+    for block in lab.blocks_of(model, lab.moved(batch, device)):
+        for module in (*block.ups.values(), block.down):
+            weight = module.weight
+            scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            weight.copy_((weight / scale).round() * scale)
+    return model
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all seeds, write results; the exit status."""
+    run = lab.session("ablations", __doc__, argv, shared="digits")
+    sizes = QUICK if run.quick else Sizes()
+    curves: dict[str, list[list[lab.Point]]] = {}
+    dense, skipped = [], {}
+    for seed in run.seeds:
+        stages = Stages(digits(seed, sizes), run.steps(seed), run.device, sizes)
+        variants = Variants(stages, run.quick)
+        variants.run()
+        for name, points in variants.curves.items():
+            curves.setdefault(name, []).append(points)
+        dense.append(dict(lab.dense_point(stages.task, stages.dense()[0], run.device).quality))
+        skipped |= variants.skipped
+        run.say(f"seed {seed}: {len(variants.curves)} variants")
+    run.write(
+        "ViT on digits: what each part is worth",
+        {"accuracy": True, "cross-entropy": False},
+        curves,
+        dense,
+        {"sizes": repr(sizes), "not run": skipped},
+        ours="reference",
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

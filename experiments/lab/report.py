@@ -1,0 +1,87 @@
+"""Write the README's tables of experiments from results/*.json: `python -m experiments.lab.report`.
+
+They stand between two comments, which the README has to hold once each:
+
+    <!-- experiments:begin -->
+    <!-- experiments:end -->
+
+With --check nothing is written, and the exit status says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import RESULTS, ROOT, read
+
+BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
+SHOWN = ("0.8", "0.6", "0.4", "0.3", "0.2")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """One experiment: a row per method, critical cost and quality at budgets, mean and deviation."""
+    metric = next(iter(result["metrics"]))
+    base = [quality[metric] for quality in result["dense"]]
+    percent = ", ".join(f"at {float(budget):.0%}" for budget in SHOWN).replace("%", " %")
+    head = ["method", "cost at 99 %", *percent.split(", ")]
+    lines = [
+        f"**{result['title']}** {metric}, dense {sum(base) / len(base):.4g}; "
+        f"{len(result['seeds'])} seeds, `{result['command']}`, {result['versions']['processor']}.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for method, found in result["summary"].items():
+        figures = found[metric]
+        cells = [method, _critical(figures, len(result["seeds"]))]
+        cells += [_quality(figures["budgets"][budget]) for budget in SHOWN]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"![{result['title']}](results/{result['name']}.png)"]
+    return "\n".join(lines)
+
+
+def _critical(figures: Mapping[str, Any], seeds: int) -> str:
+    found = figures["critical"]
+    if found is None:
+        return f"reached by {figures['reached']} of {seeds}" if figures["reached"] else "never"
+    return f"{found['mean']:.0%} ± {100 * found['std']:.0f}".replace("%", " %")
+
+
+def _quality(found: Mapping[str, Any] | None) -> str:
+    return "-" if found is None else f"{found['mean']:.4g} ± {found['std']:.2g}"
+
+
+def tables(folder: Path = RESULTS) -> str:
+    """All experiments of a folder, by name."""
+    found = [read(path) for path in sorted(folder.glob("*.json"))]
+    return "\n\n".join(table(result) for result in found if "summary" in result)
+
+
+def replaced(text: str, inside: str) -> str:
+    """The text with what stands between the markers replaced; ValueError unless each is there once."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"Expected {BEGIN} and then {END}, once each, in the README; add them.")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{inside}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.lab.report")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    given = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = replaced(before, tables())
+    if given.check:
+        return int(after != before)
+    readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
