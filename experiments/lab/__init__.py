@@ -43,17 +43,20 @@ from .methods import (
     dynamic,
     emulated,
     narrower,
+    on,
     per_site,
 )
 from .moefication import MoEfication, fit_moefication, moefication
+from .results import ROOT
 from .session import Session, session
-from .steps import Steps
+from .steps import Steps, key_of
 from .task import Batch, Task
 from .teal import Teal, teal
 from .training import History, Recipe, moved, settings_of, train, trained
 
 __all__ = [
     "BUDGETS",
+    "ROOT",
     "SHARES",
     "TAUS",
     "Batch",
@@ -82,9 +85,11 @@ __all__ = [
     "emulated",
     "fit_moefication",
     "gaps",
+    "key_of",
     "moefication",
     "moved",
     "narrower",
+    "on",
     "oracle",
     "per_site",
     "session",

