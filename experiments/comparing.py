@@ -19,7 +19,7 @@ from . import lab
 TAUS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 SHARES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 QUICK_TAUS, QUICK_SHARES = (0.0, 0.1, 0.3, 1.0), (0.75, 0.4, 0.2)
-BUDGETS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # executed shares that per-site taus are fitted to
+BUDGETS = (0.5, 0.3, 0.15)  # executed shares that per-site taus are fitted to
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Comparison:
             return points if points is not None else []
 
         points = self._curve(each, variant, {"budgets": self.budgets}, fitted)
-        return found | ({each: points} if points else {})
+        return found | ({each: [found[name][0], *points]} if points else {})
 
     def _dynamic(self, name: str, variant: Variant) -> dict[str, list[lab.Point]]:
         def measured() -> list[lab.Point]:

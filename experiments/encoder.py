@@ -46,7 +46,7 @@ class Sizes:
     batch: int = 32
     steps: int = 200
     calibration: int = 32
-    validation: int = 12
+    validation: int = 3
     test: int = 24
     classes: int = 24
     expert_size: int = 8

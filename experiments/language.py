@@ -48,7 +48,7 @@ class Sizes:
     steps: int = 800
     finetune: int = 100
     calibration: int = 128
-    validation: int = 24
+    validation: int = 8
     test: int = 64
     files: int | None = None
     expert_size: int = 8
@@ -61,6 +61,8 @@ QUICK = Sizes(
 )  # fmt: skip
 
 
+DECISIVE = ("vocabulary", "length", "width", "layers", "heads", "hidden", "batch")  # of a model
+MEASURED = ("calibration", "validation", "test")  # of its curves, too
 HOYER = {"penalty": "hoyer", "weight": 2.0, "schedule": "linear_warmup"}
 
 
@@ -115,7 +117,7 @@ def task_of(
 
     return lab.Task(
         name=name,
-        settings={**vars(sizes), "corpus": texts.sha256},
+        settings={name: vars(sizes)[name] for name in DECISIVE} | {"corpus": texts.sha256},
         model=model,
         train=train,
         calibration=spread("train", sizes.calibration),
@@ -238,4 +240,6 @@ class Trainer:
             self.session.steps(self.seed), name, self.task, recipe, start, self.session.device
         )
         self.session.say(f"seed {self.seed}: {name} trained")
-        return Variant(model, {"variant": name, **lab.settings_of(self.task, recipe)})
+        measured = {key: vars(self.sizes)[key] for key in MEASURED}
+        settings = {"variant": name, **measured, **lab.settings_of(self.task, recipe)}
+        return Variant(model, settings)
