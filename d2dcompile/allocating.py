@@ -45,7 +45,7 @@ def straight(states: Sequence[State]) -> Path:
 def between(ends: tuple[float, float], u: float) -> float:
     """The value at 0 <= u <= 1 between two ends; an integer between integers."""
     value = ends[0] + u * (ends[1] - ends[0])
-    return round(value) if all(isinstance(end, int) for end in ends) else value
+    return round(value) if all(isinstance(end, int) for end in ends) else float(value)
 
 
 @dataclass

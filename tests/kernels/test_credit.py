@@ -59,7 +59,7 @@ class Case:
         """The smooth output whose gradient is wanted: executed experts weighted by score over its maximum."""
         most = self.scores.amax(1, keepdim=True)
         weights = 1 + (scores - self.scores) / most  # 1 at the scores there are
-        y = torch.einsum("te,te,ted->td", weights, self.mask.double(), self.experts())
+        y = torch.einsum("ij,ij,ijk->ik", weights, self.mask.double(), self.experts())
         return y if self.b_down is None else y + self.b_down
 
     def credited(self, scores: torch.Tensor, aims: tuple[float, ...]) -> torch.Tensor:
