@@ -56,7 +56,7 @@ def draw(
     axes[0][0].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    figure.savefig(path, dpi=72, metadata={"Software": None})
     pyplot.close(figure)
 
 

@@ -30,7 +30,7 @@ def table(result: Mapping[str, Any]) -> str:
     head = ["method", "cost at 99 %", *percent.split(", ")]
     lines = [
         f"**{result['title']}** {metric}, dense {sum(base) / len(base):.4g}; "
-        f"{len(result['seeds'])} seeds, `{result['command']}`, {result['versions']['processor']}.",
+        f"seeds {', '.join(map(str, result['seeds']))}; `{result['command']}`, {result['versions']['processor']}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -48,11 +48,14 @@ def _critical(figures: Mapping[str, Any], seeds: int) -> str:
     found = figures["critical"]
     if found is None:
         return f"reached by {figures['reached']} of {seeds}" if figures["reached"] else "never"
-    return f"{found['mean']:.0%} ± {100 * found['std']:.0f}".replace("%", " %")
+    around = f" ± {100 * found['std']:.0f}" * (len(found["values"]) > 1)
+    return f"{100 * found['mean']:.0f}{around} %"
 
 
 def _quality(found: Mapping[str, Any] | None) -> str:
-    return "-" if found is None else f"{found['mean']:.4g} ± {found['std']:.2g}"
+    if found is None:
+        return "-"
+    return f"{found['mean']:.4g}" + f" ± {found['std']:.2g}" * (len(found["values"]) > 1)
 
 
 def tables(folder: Path = RESULTS) -> str:
