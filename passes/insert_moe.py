@@ -1,6 +1,6 @@
 """Replace a matched block by router, gate, dispatch and expert_mlp.
 
-    scores = |relu(x router1^T) router2^T|     mask = gate(scores, tau)
+    scores = |relu(x router1^T) router2^T|     mask = gate(scores, tau, rule)
     lists = dispatch(mask)                     y = expert_mlp(x, *lists, slabs, biases, f)
 
 or with the first line as one op, lists = route(x, router1, router2, tau), which GPU kernels run at once,
@@ -24,6 +24,7 @@ from torch.fx import Graph, Node
 from ..ir import Site
 from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
+from ..kernels.exact_scores import exact_scores
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 from ..kernels.native import SLABS
@@ -35,6 +36,21 @@ from .names import CASTS, SHAPE_ONLY, VIEWS, argument, dtype_of, op_name
 
 Form = Literal["ops", "routed", "record"]
 """What stands for a site: router, gate, dispatch and experts; route and experts; or one op with a record."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a site's experts are chosen, as far as its graph says it; forms but "ops" know the default only.
+
+    Attributes:
+        rule: the gate's.
+        exact: None where the router's scores are compared, or to compare the experts' exact output norms
+            to this power (see `testing.oracle`).
+    """
+
+    rule: str = "max"
+    exact: float | None = None
+
 
 _SHAPE_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "Size")
 
@@ -71,6 +87,7 @@ def insert_moe(
     operands: Mapping[str, Node],
     at: Callable[[Node], Node],
     form: Form = "ops",
+    choice: Choice = Choice(),
 ) -> Inserted:
     """Insert the nodes of one converted site and erase the dense block they replace.
 
@@ -85,7 +102,7 @@ def insert_moe(
     if form == "record":
         call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out))
     else:
-        offsets, args = _experts(graph, match, at, x, slabs, form)
+        offsets, args = _experts(graph, match, at, x, slabs, form, choice)
         call = (expert_mlp.overload, args)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
     output = _output(graph, match, root, call, rows)
@@ -105,24 +122,31 @@ def _experts(
     x: Node,
     slabs: Mapping[str, Node],
     form: Form,
+    choice: Choice,
 ) -> tuple[Node, tuple[Any, ...]]:
     """Routing before the block's last node: offsets, and expert_mlp's arguments."""
+    noise = _noise(graph, match, at) if match.noise is not None else None
+    scalars = [at(node) for node in match.scalars]
     with graph.inserting_before(at(match.root)):
         if form == "routed":
             router = (slabs["router1"], slabs["router2"], slabs["tau"])
             lists = graph.call_function(route.overload, (x, *router))
         else:
-            hidden = graph.call_function(
-                F.relu, (graph.call_function(F.linear, (x, slabs["router1"])),)
-            )
-            scores = graph.call_function(
-                torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
-            )
-            mask = graph.call_function(gate.overload, (scores, slabs["tau"]))
+            if choice.exact is None:
+                hidden = graph.call_function(
+                    F.relu, (graph.call_function(F.linear, (x, slabs["router1"])),)
+                )
+                scores = graph.call_function(
+                    torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
+                )
+            else:
+                of = (*map(slabs.get, SLABS[:-1]), noise, scalars, match.activation, choice.exact)
+                given = (x, slabs["router1"], slabs["router2"], *of)
+                scores = graph.call_function(exact_scores.overload, given)
+            rule = () if choice.rule == "max" else (choice.rule,)
+            mask = graph.call_function(gate.overload, (scores, slabs["tau"], *rule))
             lists = graph.call_function(dispatch.overload, (mask,))
         parts = [graph.call_function(getitem, (lists, i)) for i in range(3)]
-    noise = _noise(graph, match, at) if match.noise is not None else None
-    scalars = [at(node) for node in match.scalars]
     return parts[1], (x, *parts, *map(slabs.get, SLABS), noise, scalars, match.activation)
 
 
