@@ -11,7 +11,7 @@ Mixture-of-Experts Conversion, NeurIPS 2024, arXiv:2310.04361.
 """
 
 from . import errors
-from .attachment import attach, detach, set_tau
+from .attachment import attach, detach, set_rule, set_tau
 from .config import Config
 from .conversion import convert
 from .explaining import Report, explain
@@ -52,6 +52,7 @@ __all__ = [
     "measure",
     "relufy",
     "rewrite",
+    "set_rule",
     "set_tau",
     "sparsify",
     "tune",

@@ -88,6 +88,7 @@ def _site_json(experts: Experts) -> dict[str, Any]:
         "site": site,
         "plan": asdict(experts.plan),
         "tau": experts.tau,
+        "rule": experts.rule,
         "hashes": {role: dict(known) for role, known in experts.hashes.items()},
         "stats": dict(experts.stats),
     }

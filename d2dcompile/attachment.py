@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .capture import unwrap
 from .config import check_tau
-from .errors import ConversionMismatchError, NoConversionError, TauError
+from .errors import ConversionMismatchError, NoConversionError, RuleError, TauError
 from .ir import Conversion, Experts, Site
 from .layout import digest, permuted
+from .rules import check_rule, check_value
 from .state import State
 
 _STATES: dict[int, State] = {}  # by the identity of the down weight
@@ -96,14 +97,16 @@ def _recognised(
 
 @contextmanager
 def kept_on_error(model: nn.Module) -> Iterator[None]:
-    """Put back the sites and taus that were attached before, if the block raises."""
-    before = [(state.experts, state.tau) for state in states(model)]
+    """Put back the sites, rules and taus that were attached before, if the block raises."""
+    before = [(state.experts, state.rule, state.tau) for state in states(model)]
     try:
         yield
     except BaseException:
         if not states(model):
-            for experts, tau in before:
-                register(*_recognised(model, experts)).set_tau(tau)
+            for experts, rule, value in before:
+                state = register(*_recognised(model, experts))
+                state.rule = rule
+                state.set_value(value)
         raise
 
 
@@ -200,8 +203,9 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float]) -> None:
 
     tau: 0 runs every expert (the dense model), larger is sparser, at most 1; or {site name: tau}.
 
-    Raises TauError for values that are not finite numbers in 0..1, unknown site names, and a model
-    without an attached conversion. Nothing is changed when an error is raised.
+    Raises TauError for values that are not finite numbers in 0..1, unknown site names, sites that follow
+    another rule (see `set_rule`), and a model without an attached conversion. Nothing is changed when an
+    error is raised.
     """
     known = {state.site.name: state for state in states(model)}
     if not known:
@@ -214,5 +218,40 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float]) -> None:
         if name not in known:
             raise TauError(f"No site {name!r}; expected one of {', '.join(known)}.")
         check_tau(value)
+        known[name].check_has_tau()
     for name, value in wanted.items():
-        known[name].set_tau(float(value))
+        known[name].set_value(float(value))
+
+
+def set_numbers(model: nn.Module, setting: Mapping[str, float]) -> None:
+    """Set {site name: number} of whatever rule each site follows: tau, k or p. Raises as `set_rule`."""
+    known = {state.site.name: state for state in states(model)}
+    for name, number in setting.items():
+        known[name].set_value(check_value(known[name].rule, number))
+
+
+def set_rule(model: nn.Module, rule: str, value: float | Mapping[str, float]) -> None:
+    """Let all sites, or those named, choose their experts by a rule with this number.
+
+    rule: "max" (value is tau, 0 runs everything), "top_k" (the number of experts, E or more run
+    everything) or "top_p" (the share of the scores' sum, 1 runs everything); see `kernels.gate`. value: a
+    number, or {site name: number}. Another number under the same rule recompiles nothing. Another rule
+    makes torch.compile forget its graphs, so that the next call compiles them anew; kernels that run a
+    whole block know "max" only, others run as separate ops.
+
+    Raises RuleError (TauError for a tau) for an unknown rule, a number that it cannot have and unknown
+    site names, and NoConversionError for a model without a conversion. Nothing is changed then.
+    """
+    known = {state.site.name: state for state in attached(model)}
+    check_rule(rule)
+    wanted = dict(value) if isinstance(value, Mapping) else dict.fromkeys(known, value)
+    for name, number in wanted.items():
+        if name not in known:
+            raise RuleError(f"No site {name!r}; expected one of {', '.join(known)}.")
+        check_value(rule, number)
+    changed = any(known[name].rule != rule for name in wanted)
+    for name, number in wanted.items():
+        known[name].rule = rule
+        known[name].set_value(float(number))
+    if changed:
+        torch.compiler.reset()

@@ -62,9 +62,13 @@ def backend(
         if not converted:
             return _inner(gm, example_inputs, chosen, mode)
         forms = lower(converted, states, chosen.pack, chosen.int8, chosen.inner == "inductor")
-        rewritten = rewrite_captured(captured, converted, forms)
+        choices = {name: state.choice for name, state in states.items()}
+        rewritten = rewrite_captured(captured, converted, forms, choices)
         dump("rewritten", rewritten.gm)
-        slots = [Slot.of(captured, m, forms[m.site.name], chosen) for m in converted]
+        slots = [
+            Slot.of(captured, m, forms[m.site.name], choices[m.site.name], chosen)
+            for m in converted
+        ]
         extra = operands_of(slots, [states[m.site.name] for m in converted])
         inputs = [*example_inputs, *map(_of_fixed_shape, extra)]
         compiled = _inner(rewritten.gm, inputs, chosen, mode)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cluster import balanced_kmeans, permutation, random_split
+from .coactivation import coactive_labels, key_of, labels_or_weights
 from .config import Config
 from .errors import CalibrationError, CalibrationWarning
 from .explaining import observed
@@ -25,7 +26,9 @@ from .ir import Plan, Site
 from .layout import overlaps, slabs
 from .plan import plan
 from .probe import Graph, arguments, probing
-from .router import expert_norms, gram
+from .router import gram
+from .routers import targets_of
+from .sample import Sample
 
 TOKENS_PER_EXPERT = (
     20  # below this a router has fewer examples than it could ever need; warned about
@@ -33,46 +36,18 @@ TOKENS_PER_EXPERT = (
 
 
 @dataclass
-class Sample:
-    """A uniform random sample of a stream of rows, at most `limit` of them, in bounded memory.
-
-    Each row draws a random key and the rows with the smallest keys are kept: whatever the batch sizes,
-    every row of the stream is equally likely to be in the sample.
-    """
-
-    limit: int
-    generator: torch.Generator
-    seen: int = 0
-    _parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-
-    def add(self, x: Tensor, targets: Tensor) -> None:
-        """Offer rows x [n, D] with targets [n, E]."""
-        keys = torch.rand(len(x), generator=self.generator)
-        self.seen += len(x)
-        self._parts.append((keys, x.cpu().clone(), targets.cpu()))
-        if sum(len(part[0]) for part in self._parts) > 1.5 * self.limit:
-            self._shrink()
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The sample: x [n, D] and targets [n, E], n = min(limit, rows seen)."""
-        self._shrink()
-        return self._parts[0][1], self._parts[0][2]
-
-    def _shrink(self) -> None:
-        keys, x, targets = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        kept = keys.argsort()[: self.limit].sort().values
-        self._parts = [(keys[kept], x[kept], targets[kept])]
-
-
-@dataclass
 class Draft:
-    """A site on its way to experts: its plan, neuron order, Gram matrices [E, F, F] and sample."""
+    """A site on its way to experts: its plan, neuron order, Gram matrices [E, F, F] and sample.
+
+    centroids: [E, D], the mean up- or gate-row of each expert where the router is made of them.
+    """
 
     site: Site
     plan: Plan
     order: Tensor
     gram: Tensor
     sample: Sample
+    centroids: Tensor | None
 
 
 def calibrate(
@@ -89,13 +64,14 @@ def calibrate(
             "There are no calibration batches; expected at least one. Pass an iterable of what the "
             "model is called with (a generator can be used only once)."
         )
-    observer = Calibrating(model, config, progress)
+    stream = itertools.chain([first], stream)
+    labels: Mapping[tuple[str, ...], Tensor] = {}
+    if config.clustering == "coactivation":
+        labels, stream = coactive_labels(model, stream, config)
+    observer = Calibrating(model, config, progress, labels)
     total = len(batches) if isinstance(batches, Sized) else None
     with probing(model, observer) as call:
-        bar = tqdm(
-            itertools.chain([first], stream), "calibrate", total, disable=not progress, unit="batch"
-        )
-        for batch in bar:
+        for batch in tqdm(stream, "calibrate", total, disable=not progress, unit="batch"):
             args, kwargs = arguments(batch)
             call(*args, **kwargs)
             observer.batch += 1
@@ -106,9 +82,16 @@ def calibrate(
 class Calibrating:
     """Observer that drafts each site when it is first met, and samples its tokens."""
 
-    def __init__(self, model: nn.Module, config: Config, progress: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        progress: bool,
+        labels: Mapping[tuple[str, ...], Tensor],
+    ) -> None:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.config = config
+        self.labels = labels
         self.progress = progress
         self.drafts: dict[tuple[str, ...], Draft] = {}
         self.dense: dict[str, str] = {}
@@ -123,7 +106,7 @@ class Calibrating:
         """Draft new sites of the graph, then run it with its blocks observed."""
         self._note_strangers(graph)
         sites = [found.site for found in graph.matches]
-        new = [s for s in sites if s.name not in self.dense and _key(s) not in self.drafts]
+        new = [s for s in sites if s.name not in self.dense and key_of(s) not in self.drafts]
         plans = {site.name: plan(site, self.config) for site in new}
         self._budget = self._limit(sites, plans)
         for site in tqdm(new, "cluster", disable=not self.progress or not new, unit="site"):
@@ -132,8 +115,8 @@ class Calibrating:
                 self.dense[site.name] = found
             else:
                 with torch.autocast(self._device(site), enabled=False):
-                    self.drafts.setdefault(_key(site), self._draft(site, found))
-        self._running = [self.drafts.get(_key(site)) for site in sites]
+                    self.drafts.setdefault(key_of(site), self._draft(site, found))
+        self._running = [self.drafts.get(key_of(site)) for site in sites]
         return observed(graph).forward(*args)
 
     def _note_strangers(self, graph: Graph) -> None:
@@ -169,22 +152,21 @@ class Calibrating:
     def _sample(self, draft: Draft, x: Tensor, hidden: Tensor) -> None:
         rows, values = x.reshape(-1, x.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         parts = values.index_select(1, draft.order.to(values.device))
-        norms = expert_norms(
-            parts.view(len(values), draft.plan.experts, draft.plan.expert_size), draft.gram
-        )
-        if not (rows.isfinite().all() and norms.isfinite().all()):
+        parts = parts.view(len(values), draft.plan.experts, draft.plan.expert_size)
+        targets = targets_of(self.config.router, parts, draft.gram)
+        if not (rows.isfinite().all() and targets.isfinite().all()):
             raise CalibrationError(
                 f"Batch {self.batch} of the calibration data gives NaN or infinity at site "
                 f"{draft.site.name!r}; expected finite values. Check that batch, and that the dense "
                 "model is sound in this dtype."
             )
-        draft.sample.add(rows, norms)
+        draft.sample.add(rows, targets)
 
     def _limit(self, sites: Sequence[Site], plans: dict[str, Plan | str]) -> int:
         """Tokens to keep per site so that all sites together stay within the memory budget."""
         experts = [p.experts for p in plans.values() if isinstance(p, Plan)]
         per_row = max((s.d_model for s in sites), default=1) * 4 + max(experts, default=1) * 4
-        count = max(len({_key(site) for site in sites}), 1)
+        count = max(len({key_of(site) for site in sites}), 1)
         fits = int(
             self.config.calibration_bytes / (1.5 * count * per_row)
         )  # Sample keeps 1.5 limits
@@ -196,17 +178,26 @@ class Calibrating:
         features = views["w_gate"] if site.kind == "glu" else views["w_up"]
         if self.config.clustering == "random":
             labels = random_split(site.d_hidden, chosen.experts, seed=self.config.seed)
+        elif self.config.clustering == "coactivation":
+            labels = labels_or_weights(
+                self.labels, site, features, chosen.experts, self.config.seed
+            )
         else:
             labels = balanced_kmeans(features, chosen.experts, seed=self.config.seed).labels
         order = permutation(labels).cpu()
         down = views["w_down"][order.to(views["w_down"].device)]
         generator = torch.Generator().manual_seed(self.config.seed + len(self.drafts))
+        centroids = None
+        if self.config.router == "centroid":
+            ordered = features.float()[order.to(features.device)]
+            centroids = ordered.view(chosen.experts, chosen.expert_size, -1).mean(1).cpu()
         return Draft(
             site,
             chosen,
             order,
             gram(down.view(chosen.experts, chosen.expert_size, -1)),
             Sample(self._budget, generator),
+            centroids,
         )
 
     def close(self) -> None:
@@ -237,7 +228,3 @@ class Calibrating:
                 CalibrationWarning,
                 stacklevel=5,
             )
-
-
-def _key(site: Site) -> tuple[str, ...]:
-    return tuple(site.params.values())

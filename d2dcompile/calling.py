@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .attachment import lookup
 from .capture import Captured
-from .errors import DenseFallbackWarning, NoConversionError
+from .errors import DenseFallbackWarning, NoConversionError, RuleError
 from .options import Options
 from .passes import Match
-from .passes.insert_moe import Form
+from .passes.insert_moe import Choice, Form
 from .rewriting import parameter_places
 from .state import State, meaning
 
@@ -34,6 +34,7 @@ class Slot:
         places: which argument of the graph each of the site's weights is, by role.
         kind, meaning: what a site has to compute to run here.
         form: whether one kernel runs it or several ops, which take other operands.
+        choice: how experts are chosen in the graph; a site's own has to be the same.
         packs, int8: which copies of its weights a kernel may keep (see `Options`).
     """
 
@@ -41,15 +42,18 @@ class Slot:
     kind: str
     meaning: str
     form: Form
+    choice: Choice
     packs: bool
     int8: bool
 
     @classmethod
-    def of(cls, captured: Captured, found: Match, form: Form, options: Options) -> Slot:
+    def of(
+        cls, captured: Captured, found: Match, form: Form, choice: Choice, options: Options
+    ) -> Slot:
         """The slot of a converted match."""
         places = parameter_places(captured, found)
         computed = meaning(found.activation)
-        return cls(places, found.site.kind, computed, form, options.pack, options.int8)
+        return cls(places, found.site.kind, computed, form, choice, options.pack, options.int8)
 
     def state(self, args: Sequence[Any]) -> State | None:
         """The attached site that these arguments are the weights of, or None."""
@@ -77,7 +81,7 @@ class Looked:
     """The result of one look-up, and what it rests on: each weight's identity, memory and version."""
 
     weights: tuple[tuple[int, weakref.ref[Tensor], int, int | None], ...]
-    states: tuple[tuple[int, weakref.ref[State]], ...]
+    states: tuple[tuple[int, weakref.ref[State], Choice], ...]
     operands: Sequence[Tensor]
 
     @classmethod
@@ -95,7 +99,7 @@ class Looked:
             for place, w in distinct.items()
         )
         states = tuple(
-            (slot.places["down"], weakref.ref(state))
+            (slot.places["down"], weakref.ref(state), state.choice)
             for slot, state in zip(slots, found, strict=True)
         )
         return cls(weights, states, operands)
@@ -110,14 +114,18 @@ class Looked:
                 return False
             if version is not None and weight._version != version:
                 return False
-        return all(lookup(args[place]) is ref() is not None for place, ref in self.states)
+        for place, held, choice in self.states:
+            state = held()
+            if state is None or lookup(args[place]) is not state or state.choice != choice:
+                return False
+        return True
 
 
 class Dispatching:
     """A compiled graph that finds its sites' operands by the weights it is called with.
 
-    Where a site has no conversion, the call is an error, or with strict=False runs the captured graph
-    dense.
+    Where a site has no conversion, or its experts are chosen in another way than the graph does it, the
+    call is an error, or with strict=False runs the captured graph dense.
     """
 
     def __init__(
@@ -148,16 +156,28 @@ class Dispatching:
         return self._compiled(*args, *operands)
 
     def _look_up(self, weights: Sequence[Any]) -> list[State] | None:
-        """The site that each slot's weights belong to; None if one has no conversion."""
+        """The site that each slot's weights belong to; None if one has no conversion or another rule."""
         found: list[State] = []
         for slot in self._slots:
             state = slot.state(weights)
-            if state is None:
+            if state is None or self._chooses_otherwise(slot, state):
                 return None
             if not self._options.trainable:
                 state.check()
             found.append(state)
         return found
+
+    def _chooses_otherwise(self, slot: Slot, state: State) -> bool:
+        """Whether a site's experts are chosen in another way than this graph does; an error when strict."""
+        if state.choice == slot.choice:
+            return False
+        if self._options.strict:
+            raise RuleError(
+                f"A graph compiled for {slot.choice} was called for site {state.site.name!r} with "
+                f"{state.choice}. Layers that share one compiled graph need one rule: set it with "
+                "set_rule(model, rule, value) for all of them, or compile them apart."
+            )
+        return True
 
     def names(self, args: Sequence[Any]) -> list[str]:
         """The names of the sites that a call with these arguments runs."""

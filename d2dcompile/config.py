@@ -12,9 +12,15 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import ConfigError, TauError
+from .errors import ConfigError, D2DError
+from .rules import RULES, check_value
 
 RUNTIME_VARIABLES = ("D2D_DUMP", "D2D_IMPL", "D2D_CACHE")
+CHOICES = {
+    "rule": RULES,
+    "router": ("norms", "classify", "centroid"),
+    "clustering": ("kmeans", "coactivation", "random"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,16 @@ class Config:
         router_width: hidden units of each router (the paper uses 128, Szatkowski et al. 2024).
         router_epochs: passes over the kept calibration tokens when fitting a router.
         tau: threshold stored as the default of every site, 0 <= tau <= 1; 0 runs all experts.
-        clustering: "kmeans" (balanced k-means on the up- or gate-rows) or "random" (a baseline).
+        rule: which experts a token runs by their scores, "max" (the paper's tau), "top_k" or "top_p" (see
+            `kernels.gate`); `set_rule` changes it later.
+        rule_value: k or p, stored as the default where the rule is "top_k" or "top_p"; None runs all.
+        shared_experts: experts per site that are always on, those of the largest mean target.
+        router: what predicts the experts' scores: "norms" (trained on their output norms, the paper's),
+            "classify" (trained on their activations, MoEfication's) or "centroid" (untrained: cosine to
+            the mean up- or gate-row); see `d2dcompile.router`.
+        router_patience: epochs without a better validation after which a fit ends; 0 never ends early.
+        clustering: "kmeans" (balanced k-means on the up- or gate-rows), "coactivation" (on which tokens
+            of the first calibration batches activate a neuron) or "random" (a baseline).
         calibration_tokens: tokens kept per site for fitting routers, a uniform sample of the stream.
         calibration_bytes: memory for kept tokens over all sites; lowers the former when exceeded.
         seed: of clustering, sampling and router fitting; same seed, same artifact.
@@ -39,6 +54,11 @@ class Config:
     router_width: int = 128
     router_epochs: int = 30
     tau: float = 0.0
+    rule: str = "max"
+    rule_value: float | None = None
+    shared_experts: int = 0
+    router: str = "norms"
+    router_patience: int = 0
     clustering: str = "kmeans"
     calibration_tokens: int = 65536
     calibration_bytes: int = 4 << 30
@@ -54,12 +74,31 @@ class Config:
             raise ConfigError(
                 f"Config.tau is {self.tau!r}; expected a number in 0..1 (0 is dense)."
             )
-        if self.clustering not in ("kmeans", "random"):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                listed = " or ".join(map(repr, known))
+                raise ConfigError(f"Config.{name} is {getattr(self, name)!r}; expected {listed}.")
+        self._check_rule()
+        for name in ("seed", "shared_experts", "router_patience"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"Config.{name} is {value!r}; expected an integer >= 0.")
+
+    def _check_rule(self) -> None:
+        """Raise ConfigError for a number that the rule cannot have."""
+        if self.rule == "max" and self.rule_value is not None:
             raise ConfigError(
-                f"Config.clustering is {self.clustering!r}; expected 'kmeans' or 'random'."
+                f"Config.rule_value is {self.rule_value!r} with rule 'max'; expected None. Set tau."
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"Config.seed is {self.seed!r}; expected an integer >= 0.")
+        if self.rule != "max" and self.tau != 0:
+            raise ConfigError(
+                f"Config.tau is {self.tau!r} with rule {self.rule!r}; expected 0. Set rule_value."
+            )
+        if self.rule_value is not None:
+            try:
+                check_value(self.rule, self.rule_value)
+            except D2DError as error:
+                raise ConfigError(f"Config.rule_value: {error}") from None
 
     @classmethod
     def from_env(cls, **given: Any) -> "Config":
@@ -85,9 +124,7 @@ def _positive(name: str, value: Any) -> None:
 
 def check_tau(value: Any) -> float:
     """The threshold as a float; TauError unless it is a finite number in 0..1."""
-    if not _is_tau(value):
-        raise TauError(f"tau is {value!r}; expected a finite number in 0..1 (0 runs all experts).")
-    return float(value)
+    return check_value("max", value)
 
 
 def _is_tau(value: Any) -> bool:
@@ -97,12 +134,13 @@ def _is_tau(value: Any) -> bool:
 
 def _parse(variable: str, name: str, text: str) -> Any:
     """The typed value of one variable; None is spelt 'none'."""
-    if name == "clustering":
+    if name in CHOICES:
         return text
-    if name == "experts" and text.lower() == "none":
+    if name in ("experts", "rule_value") and text.lower() == "none":
         return None
+    number = name in ("tau", "rule_value")
     try:
-        return float(text) if name == "tau" else int(text)
+        return float(text) if number else int(text)
     except ValueError:
-        kind = "a number" if name == "tau" else "an integer"
+        kind = "a number" if number else "an integer"
         raise ConfigError(f"{variable} is {text!r}; expected {kind}.") from None

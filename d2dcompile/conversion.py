@@ -15,7 +15,8 @@ from .capture import unwrap
 from .config import Config
 from .ir import Conversion, Experts
 from .layout import hashes_of
-from .router import fit_router
+from .routers import make_router
+from .rules import dense_value
 
 
 def convert(
@@ -52,13 +53,9 @@ def convert(
 def _experts(model: nn.Module, draft: Draft, config: Config, index: int) -> Experts:
     """Fit one site's router and record what its weights are."""
     x, targets = draft.sample.rows()
-    router = fit_router(
-        x,
-        targets,
-        width=draft.plan.router_width,
-        seed=config.seed + index,
-        epochs=config.router_epochs,
-    )
+    width, seed = draft.plan.router_width, config.seed + index
+    router = make_router(x, targets, draft.centroids, width, config, seed)
+    value = config.tau if config.rule == "max" else config.rule_value
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {role: parameters[name] for role, name in draft.site.tensors.items()}
     return Experts(
@@ -67,7 +64,8 @@ def _experts(model: nn.Module, draft: Draft, config: Config, index: int) -> Expe
         permutation=draft.order,
         router1=router.w1,
         router2=router.w2,
-        tau=float(config.tau),
+        tau=float(dense_value(config.rule, draft.plan.experts) if value is None else value),
+        rule=config.rule,
         hashes=hashes_of(draft.site, weights, draft.order),
         stats=router.stats,
     )

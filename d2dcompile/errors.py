@@ -45,6 +45,10 @@ class TauError(D2DError, ValueError):
     """A threshold is not a finite number in 0..1, or names a site that does not exist."""
 
 
+class RuleError(D2DError, ValueError):
+    """A selection rule is unknown or got an impossible number, or a graph runs sites by another rule."""
+
+
 class BudgetError(D2DError, ValueError):
     """`fit_tau` was given no budget, several, or one that no threshold reaches."""
 

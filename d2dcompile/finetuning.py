@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .attachment import attached
-from .calibrate import Sample
 from .capture import unwrap
 from .errors import CalibrationError, FinetuneError
 from .explaining import observed
 from .ir import Conversion, Experts
+from .judging import judge
 from .layout import hashes_of, permuted, slabs
 from .probe import Graph, arguments, forget_compiled, probing
 from .rewriting import state_of
-from .router import Router, expert_norms, fit_router, gram, judge
+from .router import Router, expert_norms, fit_router, gram
+from .sample import Sample
 from .state import Learning, State
 from .stepping import Clock
 

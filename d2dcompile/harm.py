@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attachment import set_tau
+from .attachment import set_numbers
 from .errors import BudgetError
 from .measuring import Measuring
 from .probe import arguments, probing
@@ -51,7 +51,7 @@ def survey(
             exact = call(*args, **kwargs)
             observer.dense = False
             for outcome, setting in zip(found, settings, strict=True):
-                set_tau(model, setting)
+                set_numbers(model, setting)
                 before = _macs(observer)
                 output = call(*args, **kwargs)
                 outcome.macs += _macs(observer) - before

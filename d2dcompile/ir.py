@@ -135,10 +135,13 @@ class Experts:
         site, plan: what is converted, into how many experts.
         permutation: [H] int64; slot i of the expert order holds neuron permutation[i].
         router1, router2: [R, D] and [E, R] fp32; scores = |relu(x router1^T) router2^T|.
-        tau: default threshold of this site, 0..1.
+        tau: default number of this site's rule: its threshold, 0..1, or k or p (see `kernels.gate`).
         hashes: per tensor of the site {"shape": [...], "dense": {dtype: sha256}, "permuted": ...},
             of the values before and after the permutation, as stored and as cast to other dtypes.
         stats: validation figures of the router fit.
+        rule: default rule of this site, "max", "top_k" or "top_p".
+
+    A row of NaN in router2 is a shared expert: the gate never compares and never drops it.
     """
 
     site: Site
@@ -149,6 +152,12 @@ class Experts:
     tau: float
     hashes: Mapping[str, Any]
     stats: Mapping[str, float] = field(default_factory=dict)
+    rule: str = "max"
+
+    @property
+    def shared(self) -> Tensor:
+        """[E] bool, which experts are always on."""
+        return self.router2[:, 0].isnan()
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,12 @@ def lower(
         if state.learning is not None and torch.is_grad_enabled():
             forms[found.site.name] = "learning"
             continue
+        reason = _chosen_otherwise(state)
         if _on_gpu(state):
-            forms[found.site.name] = "routed"
+            if reason is None:
+                forms[found.site.name] = "routed"
             continue
-        reason = _unsuited(found, state) or _no_kernel(state)
+        reason = reason or _unsuited(found, state) or _no_kernel(state)
         if reason is None:
             chosen[found.site.name] = state
         else:
@@ -77,7 +79,7 @@ def running(state: State) -> str:
     """How an attached site runs here and why, for a report: kernel or ops, dense or not, copies."""
     if _on_gpu(state):
         return _on_gpu_text(state)
-    reason = _no_kernel(state)
+    reason = _chosen_otherwise(state) or _no_kernel(state)
     if reason is not None:
         return f"separate ops, since {reason}"
     text = [f"one kernel, {_spec(state)}"]
@@ -99,12 +101,21 @@ def _on_gpu_text(state: State) -> str:
     spec = of_native(_spec(state), weight.dtype)
     chosen = {n: choose(spec, Load(n, share), weight.device, dense=True) for n in REPORTED}
     listed = "; ".join(f"{n} tokens: {spelt(schedule)}" for n, schedule in chosen.items())
-    return f"Triton kernels, an executed share of {share:.2f} being expected; {listed}"
+    apart = _chosen_otherwise(state)
+    routing = f"routing as separate ops, since {apart}; " if apart else ""
+    return f"{routing}Triton kernels, an executed share of {share:.2f} being expected; {listed}"
 
 
 def _on_gpu(state: State) -> bool:
     """Whether a site's weights are where Triton kernels run."""
     return has_triton() and state.weight("down").device.type == "cuda"
+
+
+def _chosen_otherwise(state: State) -> str | None:
+    """Why kernels cannot choose a site's experts, or None if they can."""
+    if state.exact is not None:
+        return "the exact norms of its experts are compared"
+    return None if state.rule == "max" else f"kernels know the rule 'max', not {state.rule!r}"
 
 
 def _spec(state: State) -> native.Spec:

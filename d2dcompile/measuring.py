@@ -13,6 +13,7 @@ from torch.fx import Node
 from .attachment import states
 from .capture import unwrap
 from .errors import CalibrationError, NoConversionError
+from .passes.insert_moe import Choice
 from .probe import Graph, arguments, countable, flop_counter, insert_observer, probing
 from .rewriting import Rewritten, rewrite_captured, state_of
 from .state import State
@@ -95,7 +96,10 @@ class Measuring:
         self._running = [state for state in found if state is not None]
         for state in self._running:
             state.check()
-        rewritten: Rewritten = graph.variant(converted, lambda: _counting(graph, converted))
+        choices = tuple(state.choice for state in self._running)
+        rewritten: Rewritten = graph.variant(
+            (converted, choices), lambda: _counting(graph, converted, choices)
+        )
         extra = [tensor for state in self._running for tensor in state.operands()]
         if not self.flops:
             return rewritten.gm.forward(*args, *extra)
@@ -128,9 +132,11 @@ class Measuring:
         self.stats.dense_macs += dense - macs
 
 
-def _counting(graph: Graph, converted: tuple[int, ...]) -> Rewritten:
+def _counting(graph: Graph, converted: tuple[int, ...], choices: Sequence[Choice]) -> Rewritten:
     """The graph with its converted matches rewritten, handing x and offsets to the observer."""
-    rewritten = rewrite_captured(graph.captured, [graph.matches[i] for i in converted])
+    matches = [graph.matches[i] for i in converted]
+    chosen = {found.site.name: choice for found, choice in zip(matches, choices, strict=True)}
+    rewritten = rewrite_captured(graph.captured, matches, choices=chosen)
     for index, inserted in enumerate(rewritten.inserted):
         x, graph_of = inserted.output.args[0], inserted.output.graph
         assert isinstance(x, Node) and inserted.offsets is not None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attachment import set_tau, states
+from .attachment import set_numbers, states
 from .capture import unwrap
 from .probe import arguments
 from .timing import alternate, estimate
@@ -42,14 +42,14 @@ class Pace:
         finally:
             for module, mode in modes:
                 module.training = mode
-            set_tau(self._model, setting)
+            set_numbers(self._model, setting)
         sparse, dense = timed["sparse"], timed["dense"]
         ratio = sparse.seconds / dense.seconds
         spread = [t.iqr / t.seconds / math.sqrt(t.samples) for t in (sparse, dense)]
         return ratio, ratio * math.hypot(*spread)
 
     def _run(self, setting: Mapping[str, float]) -> None:
-        set_tau(self._model, setting)
+        set_numbers(self._model, setting)
         for args, kwargs in self._calls:
             self._compiled(*args, **kwargs)
         if torch.cuda.is_available():

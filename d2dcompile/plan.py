@@ -17,7 +17,8 @@ def plan(site: Site, config: Config) -> Plan | str:
     With `config.experts` given it must divide the hidden size, else PlanError. Without, the expert
     size is the divisor of the hidden size nearest to `config.expert_size`, at most a factor of two
     away, with at least two experts; blocks under four times that size get four experts or so. A hidden
-    size without such a divisor, a prime for one, gets the largest below it, MANY experts at most.
+    size without such a divisor, a prime for one, gets the largest below it, MANY experts at most. A site
+    whose experts would all be shared stays dense.
     """
     hidden = site.d_hidden
     if config.experts is not None:
@@ -28,7 +29,12 @@ def plan(site: Site, config: Config) -> Plan | str:
                 f"not divide equally. Choose a divisor, such as {near[-1]}, or leave Config.experts "
                 "at None and set Config.expert_size."
             )
-        return Plan(config.experts, hidden // config.experts, config.router_width)
+        if config.shared_experts >= config.experts:
+            raise PlanError(
+                f"shared_experts is {config.shared_experts} of {config.experts} experts; expected fewer, so "
+                "that some are chosen."
+            )
+        return _planned(config.experts, hidden, config)
     target = min(config.expert_size, max(1, hidden // 4))
     divisors = [f for f in _divisors(hidden) if f < hidden]
     fits = [f for f in divisors if target / 2 <= f <= 2 * target]
@@ -36,7 +42,15 @@ def plan(site: Site, config: Config) -> Plan | str:
     if not fits:
         return f"its {hidden} hidden neurons have no divisor near the expert size {target}"
     size = min(fits, key=lambda f: (abs(math.log(f / target)), f))
-    return Plan(hidden // size, size, config.router_width)
+    if config.shared_experts >= hidden // size:
+        return f"all of its {hidden // size} experts would be shared ones"
+    return _planned(hidden // size, hidden, config)
+
+
+def _planned(experts: int, hidden: int, config: Config) -> Plan:
+    """The plan of so many experts; a router of centroids has one hidden unit for each."""
+    width = experts if config.router == "centroid" else config.router_width
+    return Plan(experts, hidden // experts, width)
 
 
 def _divisors(n: int) -> list[int]:

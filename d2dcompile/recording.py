@@ -34,7 +34,7 @@ class Recording(Measuring):
             rows = x.reshape(-1, x.shape[-1])[:missing]
             router1, router2 = (w.to(x) for w in state.routers)
             scores = F.linear(F.relu(F.linear(rows, router1)), router2).abs()
-            held.append(gate.meaning(scores, state.tau_on(x.device)).cpu())
+            held.append(gate.meaning(scores, state.tau_on(x.device), state.rule).cpu())
 
 
 def record_masks(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from .capture import Body, Captured, from_graph_module
 from .errors import ConversionMismatchError, NoConversionError
 from .ir import Conversion, Experts, Miss
 from .passes import Match, match_all, rules
-from .passes.insert_moe import Form, Inserted, insert_moe, operand_names
+from .passes.insert_moe import Choice, Form, Inserted, insert_moe, operand_names
 from .passes.verify import verify
 from .state import State, meaning
 
@@ -28,6 +28,7 @@ def match(captured: Captured) -> tuple[list[Match], list[Miss]]:
 
 
 NO_FORMS: Mapping[str, Form] = {}
+NO_CHOICES: Mapping[str, Choice] = {}
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,15 @@ class Rewritten:
 
 
 def rewrite_captured(
-    captured: Captured, matches: Sequence[Match], forms: Mapping[str, Form] = NO_FORMS
+    captured: Captured,
+    matches: Sequence[Match],
+    forms: Mapping[str, Form] = NO_FORMS,
+    choices: Mapping[str, Choice] = NO_CHOICES,
 ) -> Rewritten:
     """Replace the given matches in a copy of the graph, operands as placeholders after all others.
 
-    forms: what stands for each site, by name; separate ops where it is not said.
+    forms: what stands for each site, by name; separate ops where it is not said. choices: how its experts
+    are chosen, by name; by the router and the rule "max" where it is not said.
     """
 
     def placeholders(gm: GraphModule, index: int, found: Match) -> dict[str, Node]:
@@ -59,7 +64,7 @@ def rewrite_captured(
             operands[name] = add_placeholder(gm.graph, f"d2d_{index}_{name}")
         return operands
 
-    gm, inserted = _replaced(captured, matches, placeholders, forms)
+    gm, inserted = _replaced(captured, matches, placeholders, forms, choices)
     verify(gm, len(matches))
     return Rewritten(gm, tuple(matches), tuple(inserted[id(found)] for found in matches))
 
@@ -69,6 +74,7 @@ def _replaced(
     matches: Sequence[Match],
     operands_of: Callable[[GraphModule, int, Match], dict[str, Node]],
     forms: Mapping[str, Form] = NO_FORMS,
+    choices: Mapping[str, Choice] = NO_CHOICES,
 ) -> tuple[GraphModule, dict[int, Inserted]]:
     """A copy of the graph with matches replaced, also in its bodies; what was inserted by match.
 
@@ -82,8 +88,10 @@ def _replaced(
         for body in _path(captured, found):
             operands = _passed(body, copies, operands)
         own, where = copies[id(found.captured)]
-        form = forms.get(found.site.name, "ops")
-        inserted[id(found)] = insert_moe(own.graph, found, operands, where.__getitem__, form)
+        form, choice = forms.get(found.site.name, "ops"), choices.get(found.site.name, Choice())
+        inserted[id(found)] = insert_moe(
+            own.graph, found, operands, where.__getitem__, form, choice
+        )
     for copied, _ in copies.values():
         copied.recompile()
     return gm, inserted
@@ -168,7 +176,8 @@ def rewrite(
                 operands[name] = _constant(gm, state, name, value)
         return operands
 
-    gm, _ = _replaced(captured, [found for found, _ in pairs], buffers)
+    choices = {found.site.name: state.choice for found, state in pairs}
+    gm, _ = _replaced(captured, [found for found, _ in pairs], buffers, choices=choices)
     verify(gm, len(pairs))
     return gm
 

@@ -11,17 +11,27 @@ their largest norm: tokens with huge outputs (the top 1 % are 60 times the media
 would own a plain squared error. And targets are raised to one power per site, which keeps the order of
 the experts of every token but makes one tau mean the same everywhere: at tau = LEVEL half of all
 (token, expert) pairs run. With plain norms, tau .3 runs .16 to .63 of them in MiniLM's layers.
+
+MoEfication's routers are classifiers instead (Zhang et al. 2022, arXiv:2110.01786): binary cross-entropy
+with logits against y, an expert's sum of activations over the largest of all tokens and experts. A
+negative logit has no place in scores that are compared by size, so that the score is its softplus:
+
+    score = softplus(logit) = -log(1 - sigmoid(logit))      loss = (1 - y) score - y log(1 - exp(-score))
+
+which is a monotone map of the logit: the order, and the loss at its best, are those of the classifier.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .errors import CalibrationError
+from .judging import judge
 
 LEVEL = 0.25  # relative target that the median pair is moved to; .12 to .35 in MiniLM's layers
 EXPONENTS = (0.5, 2.0)  # bounds of the power; MiniLM takes .65 to 1.33 with 48 experts
@@ -31,7 +41,7 @@ HUBER = 0.1  # relative errors above it count linearly
 HELD_OUT = 16  # every 16th block of BLOCK tokens validates: neighbours share a text
 BLOCK = 128
 CHECKS = 10  # validations during a fit; the best one is kept
-TAUS = (0.1, 0.2, 0.3, 0.5)
+CERTAIN = 0.999  # largest target of a classifier, whose score would be infinite at 1
 CHUNK = 1 << 24  # elements of temporaries: 64 MiB
 
 
@@ -40,8 +50,8 @@ class Router:
     """Two bias-free linear layers: w1 [R, D] and w2 [E, R], fp32.
 
     `stats` are figures on held-out tokens: `exponent` (scores predict norm ** exponent), `loss`,
-    `r2`, `tokens`, and per tau `recall`, `iou`, `share` of the chosen pairs and `exact_share`, the
-    share that the true norms choose.
+    `tokens`, `epoch` of the best validation (0: the start) of the `epochs` that ran, and those of
+    `judging.judge`.
     """
 
     w1: Tensor
@@ -91,13 +101,17 @@ def fit_router(
     seed: int = 0,
     epochs: int = 30,
     level: float | None = LEVEL,
+    patience: int = 0,
+    classify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Router:
     """Fit a router of hidden size `width` to expert norms, on the device of x.
 
     x [T, D] of any float dtype, what the router will see; targets [T, E], from `expert_norms`.
     `level` moves the median relative target there by one power; None predicts the norms as they
-    are, as the paper does. `progress(done, epochs)` is called after each epoch. The same seed gives
+    are, as the paper does. `patience`: epochs without a better validation after which the fit ends, 0
+    for never. `classify`: targets are sums of activations, and the fit is MoEfication's (see the module);
+    `level` has no part in it. `progress(done, epochs)` is called after each epoch. The same seed gives
     the same router on one machine and number of threads; the global random state is not touched.
     Memory beyond the arguments: one fp32 copy of the targets. Raises CalibrationError for data that
     is empty, not finite or does not match.
@@ -108,30 +122,39 @@ def fit_router(
         torch.enable_grad(),
         torch.autocast(x.device.type, enabled=False),
     ):
-        exponent = 1.0 if level is None else _exponent(targets, level)
+        exponent = 1.0 if level is None or classify else _exponent(targets, level)
         goal = targets.detach().float().pow(exponent)
+        if classify:
+            goal = -torch.log1p(-CERTAIN * goal / goal.max().clamp_min(1e-30))
         fitted, held = _split(len(x), x.device)
         scale_in, scale_out = _scales(x, goal)
         goal /= scale_out
-        w1, w2, loss = _train(
-            _Data(x.detach(), goal, scale_in, fitted, held), width, seed, epochs, progress
-        )
+        loss = partial(_cross_entropy, scale_out) if classify else _loss
+        data = _Data(x.detach(), goal, scale_in, fitted, held, loss)
+        w1, w2, stats = _train(data, width, seed, epochs, patience, progress)
         router = Router((w1 / scale_in).contiguous(), w2 * scale_out, {})
-        held = held[: max(1, CHUNK // (x.shape[1] + 4 * goal.shape[1]))]
-        stats = {"exponent": exponent, "loss": loss, "tokens": float(len(x))}
-        stats |= judge(router(x[held]), goal[held] * scale_out)
+        stats |= {"exponent": exponent, "tokens": float(len(x))}
+        stats |= validated(router, x, goal.mul_(scale_out))
     return Router(router.w1, router.w2, stats)
+
+
+def validated(router: Router, x: Tensor, goal: Tensor) -> dict[str, float]:
+    """What a router gets right on the held-out tokens among x [T, D] with wanted scores [T, E]."""
+    _, held = _split(len(x), x.device)
+    held = held[: max(1, CHUNK // (x.shape[1] + 4 * goal.shape[1]))]
+    return judge(router(x[held]), goal[held].float())
 
 
 @dataclass(frozen=True)
 class _Data:
-    """Tokens, scaled targets, the scale of each input feature, and which rows fit or validate."""
+    """Tokens, scaled targets, the scale of each input feature, which rows fit or validate, and the loss."""
 
     x: Tensor
     goal: Tensor
     scale: Tensor
     fitted: Tensor
     held: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.x[index].float() / self.scale, self.goal[index]
@@ -142,31 +165,37 @@ def _train(
     width: int,
     seed: int,
     epochs: int,
+    patience: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[Tensor, Tensor, float]:
-    """Adam on minibatches; the weights of the best validation and its loss."""
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Adam on minibatches; the weights of the best validation, its loss and epoch, and epochs run."""
     generator = torch.Generator().manual_seed(seed)
     w1, w2 = _start(data, width, generator)
     optimizer = torch.optim.Adam([w1, w2], lr=LEARNING_RATE, betas=(0.9, 0.98))
     batch = min(1024, max(32, len(data.fitted) // STEPS_PER_EPOCH))
     steps = epochs * math.ceil(len(data.fitted) / batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    best = (w1.detach().clone(), w2.detach().clone(), _validate(data, w1, w2))
+    best = (w1.detach().clone(), w2.detach().clone(), _validate(data, w1, w2), 0)
+    done = 0
     for epoch in range(epochs):
         order = torch.randperm(len(data.fitted), generator=generator)
         for index in torch.split(order.to(data.x.device), batch):
             x, goal = data.rows(data.fitted[index])
             optimizer.zero_grad()
-            torch.autograd.backward(_loss(_raw(x, w1, w2), goal))
+            torch.autograd.backward(data.loss(_raw(x, w1, w2), goal))
             optimizer.step()
             schedule.step()
         if epoch % math.ceil(epochs / CHECKS) == 0 or epoch == epochs - 1:
             loss = _validate(data, w1, w2)
             if loss < best[2]:
-                best = (w1.detach().clone(), w2.detach().clone(), loss)
+                best = (w1.detach().clone(), w2.detach().clone(), loss, epoch + 1)
+        done = epoch + 1
         if progress is not None:
-            progress(epoch + 1, epochs)
-    return best
+            progress(done, epochs)
+        if patience and done - best[3] >= patience:
+            break
+    figures = {"loss": best[2], "epoch": float(best[3]), "epochs": float(done)}
+    return best[0], best[1], figures
 
 
 def _start(data: _Data, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -192,10 +221,16 @@ def _loss(raw: Tensor, goal: Tensor) -> Tensor:
     return functional.smooth_l1_loss(error, torch.zeros_like(error), beta=HUBER)
 
 
+def _cross_entropy(scale: Tensor, raw: Tensor, goal: Tensor) -> Tensor:
+    """Binary cross-entropy of the logits whose softplus the scores are, both in units of `scale`."""
+    score, y = raw.abs() * scale + 1e-6, -torch.expm1(-goal * scale)
+    return ((1 - y) * score - y * torch.log(-torch.expm1(-score))).mean()
+
+
 @torch.no_grad()
 def _validate(data: _Data, w1: Tensor, w2: Tensor) -> float:
     x, goal = data.rows(data.held[:: max(1, len(data.held) // 8192)])
-    return _loss(_raw(x, w1, w2), goal).item()
+    return data.loss(_raw(x, w1, w2), goal).item()
 
 
 def _rate(step: int, steps: int) -> float:
@@ -228,22 +263,6 @@ def _scales(x: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     squares = sample.square().mean(0)
     floor = 1e-6 * squares.mean() + 1e-30  # a feature that is always zero stays small
     return (squares + floor).sqrt(), goal.mean().clamp_min(1e-30)
-
-
-@torch.no_grad()
-def judge(scores: Tensor, goal: Tensor) -> dict[str, float]:
-    """What the masks of the scores get right, both [T, E], and the explained variance."""
-    spread = (goal - goal.mean(0)).square().sum().clamp_min(1e-30)
-    stats = {"r2": 1 - ((scores - goal).square().sum() / spread).item()}
-    for tau in TAUS:
-        chosen = ~(scores < tau * scores.amax(1, keepdim=True))
-        exact = ~(goal < tau * goal.amax(1, keepdim=True))
-        both = (chosen & exact).sum().item()
-        stats[f"recall@{tau}"] = both / exact.sum().item()
-        stats[f"iou@{tau}"] = both / (chosen | exact).sum().item()
-        stats[f"share@{tau}"] = chosen.float().mean().item()
-        stats[f"exact_share@{tau}"] = exact.float().mean().item()
-    return stats
 
 
 def _check(x: Tensor, targets: Tensor, width: int, epochs: int, level: float | None) -> None:

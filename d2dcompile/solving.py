@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from .allocating import Path, Setting, Shares, allocate, straight
-from .attachment import attached, set_tau, states
+from .attachment import attached, set_numbers, states
 from .errors import BudgetError, CalibrationError
 from .harm import Distance, survey
 from .measuring import Measuring, Stats, measure
@@ -50,7 +50,7 @@ class Search:
 
     def excess(self, setting: Setting) -> float:
         """How far above the target a setting is; sets it."""
-        set_tau(self.model, setting)
+        set_numbers(self.model, setting)
         if self.metric is not None:
             return float(self.metric(self.model)) - self.target
         if self.name == "time":
@@ -72,7 +72,7 @@ class Search:
 
     def tally(self, setting: Setting) -> Stats:
         """What the sites execute at a setting, in one pass over the batches; sets it."""
-        set_tau(self.model, setting)
+        set_numbers(self.model, setting)
         observer = Measuring(flops=False)
         with probing(self.model, observer) as call:
             for batch in self.batches:
@@ -88,7 +88,7 @@ class Search:
             u = _largest_above(lambda u: self.excess(path(u)))
         else:
             u = _smallest_below(lambda u: self.excess(path(u)), lambda: max(TOLERANCE, self.noise))
-        set_tau(self.model, path(u))
+        set_numbers(self.model, path(u))
         return path(u)
 
 
@@ -183,9 +183,9 @@ def fit_tau(
         if per_site:
             found = _refined(search, sites, found, distance)
     except BaseException:
-        set_tau(model, before)
+        set_numbers(model, before)
         raise
-    set_tau(model, found)
+    set_numbers(model, found)
     return found if per_site else next(iter(found.values()))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import schedules
-from .errors import WeightsChangedError
+from .errors import TauError, WeightsChangedError
 from .expr import parse, quiet, without_casts
 from .ir import Experts, Schedule
 from .kernels import native
@@ -24,7 +24,8 @@ from .kernels.dynamic_mlp import Prepared, cpu
 from .kernels.expert_mlp.gpu import EXPECTED
 from .kernels.gate import tau_bits
 from .layout import digest, slabs
-from .passes.insert_moe import Form, operand_names
+from .passes.insert_moe import Choice, Form, operand_names
+from .rules import NUMBERS, sparsity_of, value_at
 
 
 def meaning(activation: str) -> str:
@@ -50,7 +51,9 @@ class State:
         self._weights = {role: weakref.ref(weight) for role, weight in weights.items()}
         self._tau: dict[torch.device, Tensor] = {}
         self._cache: dict[str, Any] = {}
-        self.tau = experts.tau
+        self.rule, self.tau = experts.rule, experts.tau
+        self.exact: float | None = None  # see Choice
+        self._shared = float(experts.shared.float().mean())
         self.meaning = meaning(experts.site.activation)
         self.applied: float | None = None  # the tau option that a backend has set already
         self._prepared: dict[tuple[bool, bool], tuple[Any, Prepared]] = {}
@@ -87,17 +90,47 @@ class State:
         """Whether these are the very parameters the site was attached to, by role."""
         return all(ref() is weights.get(role) for role, ref in self._weights.items())
 
+    @property
+    def choice(self) -> Choice:
+        """How experts are chosen, as far as compiled graphs hold it; they are not for states of another."""
+        return Choice(self.rule, self.exact)
+
+    def check_has_tau(self) -> None:
+        """Raise TauError where the rule is another than "max"."""
+        if self.rule != "max":
+            raise TauError(
+                f"Site {self.site.name!r} follows the rule {self.rule!r} with {NUMBERS[self.rule]} = "
+                f"{self.tau:g} and has no tau. Use set_rule(model, {self.rule!r}, value), or "
+                "set_rule(model, 'max', tau) to go back."
+            )
+
     def set_tau(self, tau: float) -> None:
-        """Change the threshold in place, on every device it was used on."""
-        self.tau = tau
+        """Change the threshold in place; TauError where the rule is another than "max"."""
+        self.check_has_tau()
+        self.set_value(tau)
+
+    def set_value(self, value: float) -> None:
+        """Change the rule's number in place, on every device it was used on: tau, k or p."""
+        self.tau = value
         for device, held in self._tau.items():
-            held.copy_(tau_bits(tau, device))
+            held.copy_(tau_bits(value, device))
         self.steer()
 
     @property
     def span(self) -> tuple[float, float]:
-        """The thresholds that run the most and the fewest experts; solvers search between them."""
-        return 0.0, 1.0
+        """The rule's numbers that run the most and the fewest experts; solvers search between them."""
+        experts = self.experts.plan.experts
+        ends = value_at(self.rule, 0.0, experts), value_at(self.rule, 1.0, experts)
+        return (int(ends[0]), int(ends[1])) if self.rule == "top_k" else ends
+
+    def value_at(self, sparsity: float) -> float:
+        """The rule's number from 0 (everything runs) to 1 (the fewest): see `d2dcompile.rules`."""
+        return value_at(self.rule, sparsity, self.experts.plan.experts)
+
+    @property
+    def sparsity(self) -> float:
+        """Where the rule's present number lies from 0 (everything runs) to 1 (the fewest)."""
+        return sparsity_of(self.rule, self.tau, self.experts.plan.experts)
 
     def tau_on(self, device: torch.device) -> Tensor:
         """The threshold as int32 bits on a device; the same tensor for the life of the state."""
@@ -197,11 +230,20 @@ class State:
         """The executed share to expect at the present tau: of the forced masks, or as calibrated."""
         if self.forced is not None:
             return float(self.forced.float().mean())
-        known = {float(k.split("@")[1]): v for k, v in self.experts.stats.items() if "share@" in k}
+        return self._shared + (1 - self._shared) * self._routed_share()
+
+    def _routed_share(self) -> float:
+        """The same among the experts that are not always on."""
+        sparsity = self.sparsity
+        if self.rule == "top_k":
+            return 1 - sparsity
+        key = "share@" if self.rule == "max" else "share_top_p@"
+        stats = ((k.split("@"), v) for k, v in self.experts.stats.items() if key in k)
+        known = {sparsity_of(self.rule, float(at), 0): v for (_, at), v in stats}
         points = sorted({0.0: 1.0, 1.0: 0.0, **known}.items())
         for (low, above), (high, below) in pairwise(points):
-            if self.tau <= high:
-                return above + (below - above) * (self.tau - low) / (high - low)
+            if sparsity <= high:
+                return above + (below - above) * (sparsity - low) / (high - low)
         return 0.0
 
     @property

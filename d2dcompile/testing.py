@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from .attachment import states
+from .attachment import attached, states
 from .capture import Captured, from_dynamo, parameter_names
 from .trial import routing_masks as routing_masks
 
@@ -213,3 +213,26 @@ def forced_share(model: nn.Module, share: float, rows: int = 4096, seed: int = 0
     finally:
         for state in held:
             state.force_masks(None)
+
+
+@contextmanager
+def oracle(model: nn.Module) -> Iterator[None]:
+    """Let a converted model compare its experts' exact output norms instead of its routers' scores.
+
+    Norms are raised to the power that each site's router was fitted to, so that a tau means the same; shared
+    experts stay on. Every expert is computed, for evaluation: `measure`, `fit_tau` and models compiled with
+    options={"inner": "eager"} (any inner backend runs) follow it; costs count the router's multiply-adds
+    as usual. Graphs compiled before are compiled anew, at the start and at the end.
+
+    Raises NoConversionError for a model without a conversion.
+    """
+    held = attached(model)
+    for state in held:
+        state.exact = float(state.experts.stats.get("exponent", 1.0))
+    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        for state in held:
+            state.exact = None
+        torch.compiler.reset()

@@ -18,6 +18,7 @@ from .config import Config, check_tau
 from .errors import ArtifactError, D2DError
 from .expr import function, parse
 from .ir import Experts, Plan, Site
+from .rules import check_rule, check_value
 
 PARTS = (None, "q", "k", "v", "o", "qk", "kv", "qkv")
 ROLES = {
@@ -29,7 +30,9 @@ ROLES = {
 
 def config_of(value: Any) -> Config:
     """The configuration that made the conversion."""
-    given = check_object(value, "config")
+    later = ("rule", "rule_value", "shared_experts", "router", "router_patience")
+    defaults = {field.name: field.default for field in fields(Config) if field.name in later}
+    given = {**defaults, **check_object(value, "config")}  # older files lack those
     check_keys(given, tuple(field.name for field in fields(Config)), "config")
     try:
         check_tau(given["tau"])
@@ -48,8 +51,8 @@ def dense_of(value: Any) -> dict[str, str]:
 
 def experts_of(item: Any, tensors: dict[str, Tensor]) -> Experts:
     """One site's experts from its JSON, taking its tensors out of the mapping."""
-    item = check_object(item, "a site")
-    check_keys(item, ("site", "plan", "tau", "hashes", "stats"), "a site")
+    item = {"rule": "max", **check_object(item, "a site")}  # older files lack it
+    check_keys(item, ("site", "plan", "tau", "rule", "hashes", "stats"), "a site")
     site = _site(item["site"])
     plan = check_object(item["plan"], "plan")
     check_keys(plan, ("experts", "expert_size", "router_width"), f"the plan of {site.name}")
@@ -61,7 +64,8 @@ def experts_of(item: Any, tensors: dict[str, Tensor]) -> Experts:
     if any(type(value) not in (int, float) for value in stats.values()):
         raise ArtifactError(f"{JSON_NAME}: the stats of {site.name!r} are not all numbers.")
     try:
-        tau = check_tau(item["tau"])
+        rule = check_rule(item["rule"])
+        tau = check_value(rule, item["tau"])
     except D2DError as error:
         raise ArtifactError(f"{JSON_NAME}: site {site.name!r}: {error}") from None
     missing = [part for part in TENSORS if f"{site.name}.{part}" not in tensors]
@@ -71,8 +75,9 @@ def experts_of(item: Any, tensors: dict[str, Tensor]) -> Experts:
         )
     parts = {part: tensors.pop(f"{site.name}.{part}") for part in TENSORS}
     experts = Experts(
-        site, Plan(**plan), tau=tau, hashes=_hashes(item["hashes"], site), stats=stats, **parts
-    )
+        site, Plan(**plan), tau=tau, rule=rule, hashes=_hashes(item["hashes"], site), stats=stats,
+        **parts,
+    )  # fmt: skip
     _check(experts)
     return experts
 
@@ -169,7 +174,8 @@ def _check(experts: Experts) -> None:
                 f"{TENSORS_NAME}: {name}.{part} is {tensor.dtype} {tuple(tensor.shape)}; expected "
                 f"{dtype} {shape}."
             )
-        if not tensor.isfinite().all():
+        shared = tensor.isnan().all(-1) if part == "router2" else tensor.new_zeros(()).bool()
+        if not tensor[~shared].isfinite().all() or shared.all():
             raise ArtifactError(f"{TENSORS_NAME}: {name}.{part} holds NaN or infinity.")
     if not torch.equal(experts.permutation.sort().values, torch.arange(site.d_hidden)):
         raise ArtifactError(f"{TENSORS_NAME}: {name}.permutation is no permutation.")

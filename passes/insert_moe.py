@@ -1,6 +1,6 @@
 """Replace a matched block by router, gate, dispatch and expert_mlp.
 
-    scores = |relu(x router1^T) router2^T|     mask = gate(scores, tau)
+    scores = |relu(x router1^T) router2^T|     mask = gate(scores, tau, rule)
     lists = dispatch(mask)                     y = expert_mlp(x, *lists, slabs, biases, f)
 
 or with the first line as one op, lists = route(x, router1, router2, tau), which GPU kernels run at once,
@@ -26,6 +26,7 @@ from ..ir import Site
 from ..kernels.credit import credit
 from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
+from ..kernels.exact_scores import exact_scores
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 from ..kernels.native import SLABS
@@ -38,6 +39,21 @@ from .names import CASTS, SHAPE_ONLY, VIEWS, argument, dtype_of, op_name
 Form = Literal["ops", "routed", "record", "learning"]
 """What stands for a site: router, gate, dispatch and experts; route and experts; one op with a record; or
 the first with gradients for routers."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a site's experts are chosen, as far as its graph says it; forms but "ops" know the default only.
+
+    Attributes:
+        rule: the gate's.
+        exact: None where the router's scores are compared, or to compare the experts' exact output norms
+            to this power (see `testing.oracle`).
+    """
+
+    rule: str = "max"
+    exact: float | None = None
+
 
 _SHAPE_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "Size")
 
@@ -75,6 +91,7 @@ def insert_moe(
     operands: Mapping[str, Node],
     at: Callable[[Node], Node],
     form: Form = "ops",
+    choice: Choice = Choice(),
 ) -> Inserted:
     """Insert the nodes of one converted site and erase the dense block they replace.
 
@@ -89,7 +106,7 @@ def insert_moe(
     if form == "record":
         call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out))
     else:
-        offsets, call = _experts(graph, match, at, x, slabs, form)
+        offsets, call = _experts(graph, match, at, x, slabs, form, choice)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
     output = _output(graph, match, root, call, rows)
     for node in reversed(match.inside[:-1]):
@@ -108,29 +125,35 @@ def _experts(
     x: Node,
     slabs: Mapping[str, Node],
     form: Form,
+    choice: Choice,
 ) -> tuple[Node, tuple[Any, tuple[Any, ...]]]:
     """Routing before the block's last node: offsets, and the call that gives the block's output."""
+    noise = _noise(graph, match, at) if match.noise is not None else None
+    scalars = [at(node) for node in match.scalars]
     with graph.inserting_before(at(match.root)):
         if form == "routed":
             router = (slabs["router1"], slabs["router2"], slabs["tau"])
             lists = graph.call_function(route.overload, (x, *router))
         else:
             read = graph.call_method("detach", (x,)) if form == "learning" else x
-            hidden = graph.call_function(
-                F.relu, (graph.call_function(F.linear, (read, slabs["router1"])),)
-            )
-            scores = graph.call_function(
-                torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
-            )
-            mask = graph.call_function(gate.overload, (scores, slabs["tau"]))
+            if choice.exact is None or form == "learning":
+                hidden = graph.call_function(
+                    F.relu, (graph.call_function(F.linear, (read, slabs["router1"])),)
+                )
+                scores = graph.call_function(
+                    torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
+                )
+            else:
+                of = (*map(slabs.get, SLABS[:-1]), noise, scalars, match.activation, choice.exact)
+                given = (x, slabs["router1"], slabs["router2"], *of)
+                scores = graph.call_function(exact_scores.overload, given)
+            rule = () if choice.rule == "max" else (choice.rule,)
+            mask = graph.call_function(gate.overload, (scores, slabs["tau"], *rule))
             lists = graph.call_function(dispatch.overload, (mask,))
         parts = [graph.call_function(getitem, (lists, i)) for i in range(3)]
-    noise = _noise(graph, match, at) if match.noise is not None else None
-    scalars = [at(node) for node in match.scalars]
-    args = (x, *parts, *map(slabs.get, SLABS), noise, scalars, match.activation)
-    if form != "learning":
-        return parts[1], (expert_mlp.overload, args)
-    with graph.inserting_before(at(match.root)):
+        args = (x, *parts, *map(slabs.get, SLABS), noise, scalars, match.activation)
+        if form != "learning":
+            return parts[1], (expert_mlp.overload, args)
         y = graph.call_function(expert_mlp.overload, args)
     return parts[1], (credit.overload, (y, scores, slabs["aims"], *args))
 

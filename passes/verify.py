@@ -1,8 +1,8 @@
 """The invariants that a rewritten graph keeps, checked after every rewrite.
 
 Each inserted expert_mlp reads the lists of one route, or of one dispatch, whose mask comes from one gate,
-whose scores are never negative (they come from abs); a dynamic_mlp reads a record of its own; nothing
-reads a value before it is computed.
+whose scores are never negative (they come from abs, or are exact norms); a dynamic_mlp reads a
+record of its own; nothing reads a value before it is computed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..errors import VerifyError
 from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
+from ..kernels.exact_scores import exact_scores
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 from ..kernels.route import route
@@ -48,8 +49,10 @@ def verify(gm: GraphModule, expected: int) -> None:
             raise VerifyError(f"{block.name} reads lists of different dispatches.")
         if getattr(lists, "target", None) is route.overload:
             continue
-        scores = _from(_from(_from(lists, dispatch.overload), gate.overload), torch.abs)
-        if scores is None:
+        scores = _from(_from(lists, dispatch.overload), gate.overload)
+        if getattr(scores, "target", None) is exact_scores.overload:
+            continue
+        if _from(scores, torch.abs) is None:
             raise VerifyError(f"{block.name} is not fed by abs -> gate -> dispatch, or by route.")
 
 

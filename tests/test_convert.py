@@ -10,8 +10,8 @@ from torch import nn
 import d2dcompile as d2d
 from d2dcompile import testing
 from d2dcompile.attachment import states
-from d2dcompile.calibrate import Sample
 from d2dcompile.errors import CalibrationError, CalibrationWarning, ConfigError, PlanError, TauError
+from d2dcompile.sample import Sample
 
 QUICK = d2d.Config(router_epochs=1, expert_size=8)
 

@@ -30,7 +30,8 @@ def table(result: Mapping[str, Any]) -> str:
     head = ["method", "cost at 99 %", *percent.split(", ")]
     lines = [
         f"**{result['title']}** {metric}, dense {sum(base) / len(base):.4g}; "
-        f"seeds {', '.join(map(str, result['seeds']))}; `{result['command']}`, {result['versions']['processor']}.",
+        f"seeds {', '.join(map(str, result['seeds']))}; `{result['command']}`, "
+        f"{result['versions']['processor']}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

@@ -36,13 +36,12 @@ void router_product(const lane* a, int64_t lda, int64_t r0, int64_t r1, const la
     }
 }
 
-// mask[e] = not (scores[e] < tau max_j scores[j]): a NaN keeps every expert.
+// mask[e] = not (scores[e] < tau max_j scores[j]): a NaN is not compared and keeps its expert.
 void gate_row(const element* scores, float tau, uint8_t* mask) {
-    float most = to_float(scores[0]);
-    for (int64_t e = 1; e < E; ++e) {
+    float most = -1;  // of nothing but NaN
+    for (int64_t e = 0; e < E; ++e) {
         const float s = to_float(scores[e]);
-        most = s != s || s > most ? s : most;
-        if (most != most) break;
+        most = s > most ? s : most;
     }
     const float limit = tau * most;
     for (int64_t e = 0; e < E; ++e) mask[e] = !(to_float(scores[e]) < limit);

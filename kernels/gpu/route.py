@@ -21,12 +21,11 @@ PRECISION = tl.constexpr("ieee")
 
 @triton.jit
 def gated(scores, offs_t, rows, tau_ptr):
-    """[BLOCK_T, E_PADDED] int32: 1 where a token runs an expert. A row with NaN runs everything."""
+    """[BLOCK_T, E_PADDED] int32: 1 where a token runs an expert. NaN is not compared and keeps its own."""
     offs_e = tl.arange(0, E_PADDED)
     real = (offs_t < rows)[:, None] & (offs_e < E)[None, :]
-    strange = tl.max((scores != scores).to(tl.int32), 1) > 0
-    tau = tl.load(tau_ptr).to(tl.float32, bitcast=True)
-    limit = tl.where(strange, -1.0, tau * tl.max(scores, 1))  # scores are no less than 0
+    known = tl.where(scores != scores, 0.0, scores)  # scores are no less than 0
+    limit = tl.load(tau_ptr).to(tl.float32, bitcast=True) * tl.max(known, 1)
     return (real & ((scores < limit[:, None]) == 0)).to(tl.int32)
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from blocks import block_of, masks, meaning, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -136,12 +137,32 @@ def test_routes_as_the_router_and_gate_say(name, threads) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_an_expert_with_nan_scores_always_runs_and_is_not_compared(name) -> None:
+    """Shared experts: at tau = 1 they run beside the largest of the others, as the gate has it."""
+    spec = SPECS[name]
+    x = rows_of(spec, 100)
+    router2 = torch.rand(spec.experts, spec.router).to(x.dtype)
+    router2[[0, -1]] = torch.nan
+    block = block_of(spec, router2=router2)
+    block.tau.copy_(tau_bits(1.0))
+    scores = F.linear(F.relu(F.linear(x, block.router1)), block.router2).abs()
+    mask = gate.meaning(scores, block.tau)
+    best = scores.float().nan_to_num(-1).topk(2).values
+    clear = best[:, 0] - best[:, 1] > (0.03 if spec.bf16 else 1e-4) * best[:, 0]
+    assert clear.any() and (mask.sum(-1) == 3)[clear].all() and mask[:, [0, -1]].all()
+    exact = meaning(block, x, mask, torch.float64)[clear]
+    eager = meaning(block, x, mask, x.dtype)[clear]
+    assert_as_good(run(block, x)[clear], eager, exact)
+    alone = torch.cat([run(block, row[None]) for row in x[clear]])
+    assert_as_good(alone, eager, exact)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_a_row_without_finite_scores_runs_everything(name) -> None:
     """The drop rule leans dense: NaN scores drop nothing, whether tau is 0 or not."""
     spec = SPECS[name]
     x = rows_of(spec, 30)
-    router2 = torch.rand(spec.experts, spec.router).to(x.dtype)
-    router2[-1] = torch.nan
+    router2 = torch.full((spec.experts, spec.router), torch.nan).to(x.dtype)
     block = block_of(spec, router2=router2)
     everything = torch.ones(30, spec.experts, dtype=torch.bool)
     for tau in (0.0, 0.5):

@@ -3,6 +3,7 @@
 import math
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from d2dcompile.kernels.gate import gate, tau_bits
+from d2dcompile.errors import KernelError
+from d2dcompile.kernels.gate import RULES, gate, tau_bits
 
 BOUNDED = settings(max_examples=40, deadline=None)
 NAN, INF = math.nan, math.inf
@@ -30,7 +32,7 @@ def looped(scores, tau):
     """The rule as a loop over Python floats, every step rounded to fp32 as the op does."""
     mask = torch.zeros(scores.shape, dtype=torch.bool)
     for t, row in enumerate(scores.float().tolist()):
-        largest = NAN if any(math.isnan(score) for score in row) else max(row)
+        largest = max((score for score in row if not math.isnan(score)), default=NAN)
         for e, score in enumerate(row):
             mask[t, e] = not score < single(single(tau) * largest)
     return mask
@@ -68,6 +70,86 @@ def test_tau_zero_runs_everything(scores):
     assert gate(scores, tau_bits(0.0)).all()
 
 
+def plainly(scores, number, rule):
+    """top_k and top_p over a row at a time in numpy, as the module states them."""
+    mask = np.ones(scores.shape, dtype=bool)
+    for t, row in enumerate(scores.numpy().astype(np.float64)):
+        known = np.sort(row[~np.isnan(row)])[::-1]
+        everything = number >= (len(known) if rule == "top_k" else 1)
+        if everything or not known.max(initial=0) > 0:
+            continue
+        if rule == "top_k":
+            limit = known[number - 1]
+        else:
+            with np.errstate(invalid="ignore"):
+                wanted, total, count = single(number) * known.sum(), 0.0, 0
+            while count < len(known) and not total >= wanted:
+                total, count = total + known[count], count + 1
+            if math.isnan(wanted):  # no share of infinity
+                count = 1
+            limit = known[max(count, 1) - 1]
+        mask[t] = np.isnan(row) | ((row >= limit) & (row > 0))
+    return torch.from_numpy(mask)
+
+
+TIED = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, NAN])  # sums of these are exact in any order
+
+
+@BOUNDED
+@given(tables(TIED) | tables(NUMBERS | st.just(NAN)), st.integers(1, 9))
+def test_top_k_runs_the_k_largest_with_their_ties(scores, k):
+    mask = gate(scores, tau_bits(k), "top_k")
+    assert torch.equal(mask, plainly(scores, k, "top_k"))
+    distinct = [row for row in scores.tolist() if len(set(row)) == len(row) and min(row) > 0]
+    for row in distinct:
+        assert gate(torch.tensor([row]), tau_bits(k), "top_k").sum() == min(k, len(row))
+
+
+@BOUNDED
+@given(tables(TIED), st.sampled_from([0.0, 0.125, 0.5, 0.75, 0.9, 1.0]))
+def test_top_p_runs_the_fewest_that_reach_the_share(scores, p):
+    mask = gate(scores, tau_bits(p), "top_p")
+    assert torch.equal(mask, plainly(scores, p, "top_p"))
+    kept, total = ((scores.nan_to_num(0) * m).sum(-1) for m in (mask, torch.ones_like(mask)))
+    assert (kept >= single(p) * total - 1e-6).all()
+
+
+@BOUNDED
+@given(tables(ANY), st.sampled_from(["top_k", "top_p"]), TAUS, TAUS)
+def test_raising_k_or_p_never_drops_an_expert(scores, rule, one, other):
+    low, high = sorted((one, other))
+    if rule == "top_k":
+        low, high = round(1 + 8 * low), round(1 + 8 * high)
+    assert not (gate(scores, tau_bits(low), rule) & ~gate(scores, tau_bits(high), rule)).any()
+
+
+@BOUNDED
+@given(tables(ANY), st.sampled_from([("max", 1), ("top_k", 1), ("top_p", 0)]))
+def test_every_rule_runs_the_largest_and_nan(scores, sparsest):
+    rule, number = sparsest
+    mask = gate(scores, tau_bits(number), rule)
+    assert (mask | ~scores.isnan()).all()
+    assert mask.gather(1, scores.nan_to_num(-1, posinf=INF).argmax(1, keepdim=True)).all()
+
+
+@BOUNDED
+@given(tables(ANY))
+def test_every_rule_has_a_number_that_runs_everything(scores):
+    for rule, number in (("max", 0), ("top_k", 7), ("top_p", 1)):
+        assert gate(scores, tau_bits(number), rule).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_of_zeros_or_nan_run_everything_under_every_rule(rule):
+    scores = torch.tensor([[0.0, 0.0, 0.0], [NAN, NAN, NAN], [NAN, 0.0, 0.0]])
+    assert gate(scores, tau_bits(1.0 if rule != "top_p" else 0.5), rule).all()
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(KernelError, match=r"'top_q'.*max, top_k, top_p"):
+        gate(torch.rand(2, 3), tau_bits(0.5), "top_q")
+
+
 def test_tau_one_runs_the_largest_and_its_equals():
     scores = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 0.0, 0.0, 4.999]])
     expected = [[False, True, True, False], [True, False, False, False]]
@@ -77,7 +159,7 @@ def test_tau_one_runs_the_largest_and_its_equals():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ([NAN, 1.0, 0.0], [True, True, True]),  # a NaN maximum says nothing about the others
+        ([NAN, 1.0, 0.0], [True, True, False]),  # NaN is kept, and the others are compared
         ([NAN, NAN, NAN], [True, True, True]),
         ([0.0, 0.0, 0.0], [True, True, True]),
         ([INF, 1.0, 0.0], [True, False, False]),
@@ -137,14 +219,17 @@ def test_registration(layout):
         "expanded": torch.rand(1, 5).expand(3, 5),
     }[layout]
     torch.library.opcheck(gate.overload, (scores, tau_bits(0.5)))
+    for rule in RULES:
+        torch.library.opcheck(gate.overload, (scores, tau_bits(0.5), rule))
     torch.library.opcheck(gate.overload, (scores.clone().requires_grad_(), tau_bits(0.5)))
 
 
 def test_fake_has_the_shape_of_the_scores():
     with FakeTensorMode() as mode:
         scores = mode.from_tensor(torch.rand(2, 3, 4, dtype=torch.bfloat16))
-        mask = gate(scores, mode.from_tensor(tau_bits(0.5)))
-    assert mask.shape == (2, 3, 4) and mask.dtype is torch.bool
+        for rule in RULES:
+            mask = gate(scores, mode.from_tensor(tau_bits(0.5)), rule)
+            assert mask.shape == (2, 3, 4) and mask.dtype is torch.bool
 
 
 def test_changing_tau_does_not_recompile():

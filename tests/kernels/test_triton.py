@@ -274,6 +274,18 @@ def test_strange_scores_lean_to_dense(value, rows) -> None:
     assert torch.equal(mask_of(lists, rows, 8)[1], mask_of(expected, rows, 8)[1])
 
 
+@pytest.mark.parametrize("rows", [3, 100])
+def test_an_expert_with_nan_scores_always_runs_and_is_not_compared(rows) -> None:
+    x, w1 = torch.randn(rows, 16, device=ON), torch.eye(16, device=ON)
+    w2 = torch.eye(16, device=ON)[:8].contiguous()
+    w2[[2, 5]] = torch.nan
+    for tau in (0.0, 0.5, 1.0):
+        found = mask_of(route_gpu.run(x, w1, w2, tau_bits(tau, ON)), rows, 8)
+        expected = mask_of(route.meaning(x, w1, w2, tau_bits(tau, ON)), rows, 8)
+        assert torch.equal(found, expected) and found[:, [2, 5]].all()
+        assert tau == 0 or not found.all(1).all()
+
+
 def test_an_op_runs_in_the_interpreter_on_request(monkeypatch) -> None:
     monkeypatch.setenv("D2D_IMPL", "expert_mlp:interpreter,route:interpreter")
     if ON == "cuda":
