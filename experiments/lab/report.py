@@ -28,10 +28,10 @@ def table(result: Mapping[str, Any]) -> str:
     base = [quality[metric] for quality in result["dense"]]
     percent = ", ".join(f"at {float(budget):.0%}" for budget in SHOWN).replace("%", " %")
     head = ["method", "cost at 99 %", *percent.split(", ")]
+    seeds = ", ".join(map(str, result["seeds"]))
     lines = [
         f"**{result['title']}** {metric}, dense {sum(base) / len(base):.4g}; "
-        f"seeds {', '.join(map(str, result['seeds']))}; `{result['command']}`, "
-        f"{result['versions']['processor']}.",
+        f"seeds {seeds}; `{result['command']}`, {result['versions']['processor']}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
