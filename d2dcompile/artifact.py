@@ -88,7 +88,7 @@ def _site_json(experts: Experts) -> dict[str, Any]:
         "site": site,
         "plan": asdict(experts.plan),
         "tau": experts.tau,
-        "rule": experts.rule,
+        **({} if experts.rule == "max" else {"rule": experts.rule}),  # as files were before rules
         "hashes": {role: dict(known) for role, known in experts.hashes.items()},
         "stats": dict(experts.stats),
     }

@@ -31,8 +31,9 @@ ROLES = {
 def config_of(value: Any) -> Config:
     """The configuration that made the conversion."""
     later = ("rule", "rule_value", "shared_experts", "router", "router_patience")
-    defaults = {field.name: field.default for field in fields(Config) if field.name in later}
-    given = {**defaults, **check_object(value, "config")}  # older files lack those
+    given = check_object(value, "config")
+    if given.keys().isdisjoint(later):  # an older file, which lacks all of them
+        given = given | {f.name: f.default for f in fields(Config) if f.name in later}
     check_keys(given, tuple(field.name for field in fields(Config)), "config")
     try:
         check_tau(given["tau"])
@@ -51,7 +52,7 @@ def dense_of(value: Any) -> dict[str, str]:
 
 def experts_of(item: Any, tensors: dict[str, Tensor]) -> Experts:
     """One site's experts from its JSON, taking its tensors out of the mapping."""
-    item = {"rule": "max", **check_object(item, "a site")}  # older files lack it
+    item = {"rule": "max", **check_object(item, "a site")}
     check_keys(item, ("site", "plan", "tau", "rule", "hashes", "stats"), "a site")
     site = _site(item["site"])
     plan = check_object(item["plan"], "plan")
