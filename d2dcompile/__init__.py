@@ -17,8 +17,10 @@ from .conversion import convert
 from .explaining import Report, explain
 from .ir import Conversion, Experts, Miss, Plan, Site
 from .measuring import SiteStats, Stats, fit_tau, measure
+from .projecting import replace_projections
 from .reading import load
 from .relufying import Relufied, relufy
+from .replaced import Replaced, load_projections
 from .rewriting import rewrite
 from .sparsifying import SiteSparsity, Sparsifier, sparsify
 from .tuning import tune
@@ -32,6 +34,7 @@ __all__ = [
     "Miss",
     "Plan",
     "Relufied",
+    "Replaced",
     "Report",
     "Site",
     "SiteSparsity",
@@ -45,8 +48,10 @@ __all__ = [
     "explain",
     "fit_tau",
     "load",
+    "load_projections",
     "measure",
     "relufy",
+    "replace_projections",
     "rewrite",
     "set_tau",
     "sparsify",

@@ -53,6 +53,10 @@ class SparsifyError(D2DError, ValueError):
     """`sparsify` or `relufy` got an impossible argument, or a site whose activation it cannot reach."""
 
 
+class ProjectionError(D2DError, ValueError):
+    """`replace_projections` got an impossible argument, or a model without projections to replace."""
+
+
 class ExpressionError(D2DError, ValueError):
     """An activation text is not an elementwise expression over known operators."""
 
