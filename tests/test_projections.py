@@ -398,3 +398,5 @@ def test_undo_refuses_a_model_that_was_changed_since_and_is_done_once() -> None:
     done.undo()
     done.undo()
     assert type(model.q) is type(model.o) is nn.Linear
+    sites = d2d.explain(model, torch.randn(2, 5, 16)).sites
+    assert [(s.kind, s.role) for s in sites] == [("projection", letter) for letter in "qkvo"]
