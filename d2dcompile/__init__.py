@@ -18,8 +18,10 @@ from .explaining import Report, explain
 from .finetuning import Finetuning, finetune
 from .ir import Conversion, Experts, Miss, Plan, Site
 from .measuring import SiteStats, Stats, measure
+from .projecting import replace_projections
 from .reading import load
 from .relufying import Relufied, relufy
+from .replaced import Replaced, load_projections
 from .rewriting import rewrite
 from .solving import fit_tau
 from .sparsifying import SiteSparsity, Sparsifier, sparsify
@@ -35,6 +37,7 @@ __all__ = [
     "Miss",
     "Plan",
     "Relufied",
+    "Replaced",
     "Report",
     "Site",
     "SiteSparsity",
@@ -49,8 +52,10 @@ __all__ = [
     "finetune",
     "fit_tau",
     "load",
+    "load_projections",
     "measure",
     "relufy",
+    "replace_projections",
     "rewrite",
     "set_rule",
     "set_tau",

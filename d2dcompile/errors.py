@@ -61,6 +61,10 @@ class FinetuneError(D2DError, ValueError):
     """`finetune` got an impossible argument, a foreign conversion, or a model that is in it already."""
 
 
+class ProjectionError(D2DError, ValueError):
+    """`replace_projections` got an impossible argument, or a model without projections to replace."""
+
+
 class ExpressionError(D2DError, ValueError):
     """An activation text is not an elementwise expression over known operators."""
 

@@ -50,6 +50,7 @@ class Report:
         lines = [f"{'site':<44} {'as':<10} {'D':>6} {'H':>6} {'share':>6}  activation"]
         for site in self.sites:
             kind = f"{site.role} proj." if site.kind == "projection" else site.kind
+            kind = f"{site.role} mlp" if site.role and site.convertible else kind
             lines.append(
                 f"{site.name:<44} {kind:<10} {site.d_model:>6} {site.d_hidden:>6} {site.share:>6.1%}  "
                 f"{site.activation}"

@@ -30,14 +30,16 @@ class Site:
         biases: bias names by the same roles, and learnable activation scalars as p0, p1, ...
         activation: the elementwise expression between the matrices, e.g. "silu(gate) * up"; "" for a
             projection.
-        d_model: D, features of the block's input and output; of a projection's input.
+        d_model: D, features of the input.
         d_hidden: H, hidden neurons; of a projection the features of its output.
         transposed: roles whose weight is stored [in, out] (GPT-2's Conv1D) instead of [out, in].
         halves: which of the two halves of gate_up comes first, e.g. ("gate", "up"); else empty.
         interleaved: whether the halves alternate row by row instead of following one another.
         share: fraction of the model's multiply-adds spent in this site, 0..1 (0 if unmeasured).
-        role: for projections "q", "k", "v", "o", "qk", "kv" or "qkv"; None otherwise.
+        role: what it makes for attention, "q", "k", "v", "o", "qk", "kv" or "qkv": of projections, and of
+            blocks that stand for one; None otherwise.
         calls: how often one forward pass runs these weights.
+        d_out: features of the output; 0 stands for D, of a projection for d_hidden.
     """
 
     name: str
@@ -53,6 +55,11 @@ class Site:
     role: str | None = None
     calls: int = 1
     interleaved: bool = False
+    d_out: int = 0
+
+    def __post_init__(self) -> None:
+        width = self.d_hidden if self.kind == "projection" else self.d_model
+        object.__setattr__(self, "d_out", self.d_out or width)
 
     @property
     def convertible(self) -> bool:

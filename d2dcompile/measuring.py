@@ -116,8 +116,8 @@ class Measuring:
         site, plan = state.site, state.experts.plan
         counts = offsets.diff()
         rows, pairs = x.numel() // site.d_model, int(counts.sum())
-        matrices = 3 if site.kind == "glu" else 2
-        slab = matrices * site.d_model * plan.expert_size
+        first = 2 if site.kind == "glu" else 1  # matrices before the activation
+        slab = (first * site.d_model + site.d_out) * plan.expert_size
         router = plan.router_width * (site.d_model + plan.experts)
         width = state.weight("down").element_size()
         stats = self.stats.sites.setdefault(site.name, SiteStats())

@@ -29,7 +29,7 @@ def load(folder: str | os.PathLike[str]) -> Conversion:
 
     Raises ArtifactError saying which file and field was seen, and what was expected.
     """
-    document = _read_json(_inside(Path(folder), JSON_NAME))
+    document = read_json(inside(Path(folder), JSON_NAME))
     kind, version = document.get("format"), document.get("version")
     if kind != FORMAT or type(version) is not int or version != VERSION:
         raise ArtifactError(
@@ -42,7 +42,7 @@ def load(folder: str | os.PathLike[str]) -> Conversion:
             f"{JSON_NAME} does not have the content that its sha256 was made of. The artifact is "
             "damaged or was edited; copy or convert it again, and use set_tau() to change a tau."
         )
-    tensors = _read_tensors(_inside(Path(folder), TENSORS_NAME), document["tensors"])
+    tensors = read_tensors(inside(Path(folder), TENSORS_NAME), document["tensors"])
     config, dense = config_of(document["config"]), dense_of(document["dense"])
     experts: dict[str, Experts] = {}
     for item in check_list(document["sites"], "sites"):
@@ -53,7 +53,7 @@ def load(folder: str | os.PathLike[str]) -> Conversion:
     return Conversion(experts, dense, config)
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The file of that name, which has to lie in the folder itself or in a Hub cache's blobs."""
     path = folder / name
     try:
@@ -71,7 +71,7 @@ def _inside(folder: Path, name: str) -> Path:
     return real
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise ArtifactError(f"{path} has {path.stat().st_size} bytes; expected at most {MAX_JSON}.")
 
@@ -106,7 +106,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return check_object(document, JSON_NAME)
 
 
-def _read_tensors(path: Path, manifest: Any) -> dict[str, Tensor]:
+def read_tensors(path: Path, manifest: Any) -> dict[str, Tensor]:
     """The tensors of the file, which have to be exactly those of the manifest, bit for bit."""
     try:
         tensors = load_tensors(path.read_bytes())

@@ -84,7 +84,8 @@ def experts_of(item: Any, tensors: dict[str, Tensor]) -> Experts:
 
 
 def _site(value: Any) -> Site:
-    value = {"interleaved": False, **check_object(value, "site")}  # older files lack it
+    value = check_object(value, "site")
+    value = {"interleaved": False, "d_out": value.get("d_model"), **value}  # older files lack them
     check_keys(value, tuple(field.name for field in fields(Site)), "a site")
     kind = value["kind"]
     texts = ("name", "kind", "activation")
@@ -99,7 +100,7 @@ def _site(value: Any) -> Site:
         raise ArtifactError(
             f"{JSON_NAME}: {value['name']!r} of kind {kind!r} has roles {sorted(roles)}."
         )
-    for key in ("d_model", "d_hidden", "calls"):
+    for key in ("d_model", "d_hidden", "d_out", "calls"):
         if type(value[key]) is not int or value[key] < 1:
             raise ArtifactError(f"{JSON_NAME}: {key} of {value['name']!r} is {value[key]!r}.")
     for key in ("transposed", "halves"):

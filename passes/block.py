@@ -41,10 +41,17 @@ def _inactive_dropout(node: Node) -> bool:
     return op_name(node) == "dropout" and argument(node, 2, "training", True) is False
 
 
-def check(view: View, down: Linear, region: Region, accept: Sequence[str] = ()) -> Miss | None:
+def check(
+    view: View,
+    down: Linear,
+    region: Region,
+    accept: Sequence[str] = (),
+    role: str | None = None,
+) -> Miss | None:
     """The first reason why a region between linears is no feed-forward block, or None.
 
-    accept: names of DECOYS that are taken for blocks.
+    accept: names of DECOYS that are taken for blocks. role: what it makes for attention: such a block may
+    have another width behind it than before.
     """
     leaves = [leaf.linear for leaf in region.leaves.values()]
     problem = _unreadable(view, down, leaves, region)
@@ -61,7 +68,7 @@ def check(view: View, down: Linear, region: Region, accept: Sequence[str] = ()) 
     if source(leaves[0].x) not in view.runtime:
         return Miss(down.node, "its input is the model's own state, not a value of the call")
     d_in = next((leaf.d_in for leaf in leaves if leaf.d_in != down.d_out), down.d_out)
-    if d_in != down.d_out:
+    if d_in != down.d_out and role is None:
         return Miss(down.node, f"maps {d_in} features to {down.d_out}: a head, not a block")
     if not _same_rows(down, leaves, region):
         return Miss(down.node, "the leading dimensions change between the matrices")
@@ -140,9 +147,10 @@ def make(
     region: Region,
     roles: Mapping[str, Linear],
     names: Mapping[str, str],
+    role: str | None = None,
 ) -> Match | Miss:
     """The Match of a checked region; `names` maps its variables v0, v1 to "up" and "gate"."""
-    linears = {**roles, "down": down}
+    linears, up = {**roles, "down": down}, next(iter(roles.values()))
     weights = {role: linear.weight for role, linear in linears.items()}
     biases = {f"{role}.bias": ln.bias for role, ln in linears.items() if ln.bias is not None}
     name = view.captured.name
@@ -162,16 +170,17 @@ def make(
             **{key: name(node) for key, node in owned.items()},
         },
         activation=str(quiet(expression)),
-        d_model=down.d_out,
+        d_model=up.d_in,
         d_hidden=down.d_in,
         transposed=tuple(role for role, linear in linears.items() if linear.transposed),
         halves=tuple(names[v] for v in sorted(names, key=lambda v: region.leaves[v].half or 0))
         if fused
         else (),
         interleaved=any(leaf.interleaved for leaf in fused),
+        role=role,
+        d_out=down.d_out,
     )
     parts = {node for linear in linears.values() for node in (*linear.parts, linear.node)}
-    up = next(iter(roles.values()))
     return Match(
         captured=view.captured,
         site=site,

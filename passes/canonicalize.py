@@ -30,6 +30,7 @@ class View:
         self.mutations: list[tuple[Node, Node]] | None = None  # in-place calls, see inplace.py
         self.writes: dict[Node, list[Node]] | None = None  # see inplace.py
         self.refused: dict[Node, Miss] = {}  # what no walk gets past, see region.py
+        self.around: dict[Node, set[str]] | None = None  # linears at attention, see around.py
 
     @cached_property
     def _linears(self) -> tuple[dict[Node, Linear], dict[Node, Miss]]:

@@ -3,18 +3,22 @@
     h = act(x W_up^T + b_up)        x [..., D]   W_up [H, D]
     y = h W_down^T + b_down         W_down [D, H]
 
-act is any elementwise expression of h; biases are optional.
+act is any elementwise expression of h; biases are optional. A block that makes what attention reads, or
+reads what it gives, stands for a projection: it has a role, and its output may have another width.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir import Miss
+from .around import role_of
 from .base import Match, Unfit
 from .block import check, make, whole
 from .canonicalize import View
 from .linear import Linear
 from .region import walk
+
+PROJECTIONS_TOO = ("adapter", "deeper_mlp", "pooled_head")  # what looks like these around attention
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class MatchFFN:
             return Miss(
                 down.node, f"its {down.d_in} inputs are not the {leaf.linear.d_out} hidden ones"
             )
-        problem = check(view, down, region, self.accept)
+        role = role_of(view, leaf.linear, down)
+        accept = (*self.accept, *PROJECTIONS_TOO) if role else self.accept
+        problem = check(view, down, region, accept, role)
         if problem is not None:
             return problem
-        return make(view, self.kind, down, region, {"up": leaf.linear}, {"v0": "up"})
+        return make(view, self.kind, down, region, {"up": leaf.linear}, {"v0": "up"}, role)

@@ -2,9 +2,8 @@
 
     q = x W_q^T + b_q       k = y W_k^T + b_k       v = y W_v^T + b_v       o = attention(q, k, v) W_o^T + b_o
 
-From each operand of a core the graph is walked back, from its output forward, to the nearest linears: past
-reshapes, norms, rotary embeddings, gates, concatenations and caches written in place, but never past a
-residual add. A fused matrix is one site, its role the letters of what it makes: "qkv", "kv", "qk".
+Where they stand is what `around` says. A fused matrix is one site, its role the letters of what it makes:
+"qkv", "kv", "qk".
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from dataclasses import replace
 from torch.fx import Node
 
 from ..ir import Miss, Site
-from .attention import Core, Packed, cores
+from .around import ROLES, around, spelt
+from .attention import Packed, cores
 from .base import Match
 from .canonicalize import View
 from .linear import Linear
-from .reach import Conflict, Reach
-
-ROLES = ("q", "k", "v", "o", "qk", "kv", "qkv")
 
 
 class MatchQKVO:
@@ -29,18 +26,10 @@ class MatchQKVO:
 
     def find(self, view: View, taken: Set[Node]) -> tuple[list[Match], dict[Node, Miss]]:
         """One match per projection, and a miss for each linear near a core that is none."""
-        roles: dict[Node, set[str]] = {}
         misses: dict[Node, Miss] = {}
-        matches: list[Match] = []
-        reach = Reach(view, taken)
-        for core in cores(view):
-            if isinstance(core, Packed):
-                matches += _unpacked(view, core)
-                continue
-            found = _around(reach, core)
-            for linear, role in found:
-                if linear not in taken:
-                    roles.setdefault(linear, set()).add(role)
+        packed = [core for core in cores(view) if isinstance(core, Packed)]
+        matches = [match for core in packed for match in _unpacked(view, core)]
+        roles = {node: letters for node, letters in around(view).items() if node not in taken}
         for node, letters in roles.items():
             made = _match(view, view.linears[node], letters)
             if isinstance(made, Match):
@@ -50,23 +39,8 @@ class MatchQKVO:
         return _one_role_each(matches, misses)
 
 
-def _around(reach: Reach, core: Core) -> list[tuple[Node, str]]:
-    found: list[tuple[Node, str]] = []
-    if core.k is core.v and core.q not in reach.view.runtime:
-        return found  # pools values as they are, such as the outputs of earlier layers
-    for role, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
-        back = reach.back(operand)
-        if not isinstance(back, Conflict):
-            found += [(linear, role) for linear in back]
-    if core.weights is not None and {role for _, role in found} == {"k"}:
-        return []  # nothing projected asks: a soft assignment, not attention
-    return [*found, *((linear, "o") for linear in reach.forward(core.out, core.weights))]
-
-
 def _match(view: View, linear: Linear, letters: set[str]) -> Match | Miss:
-    if "o" in letters:
-        letters = {"o"}  # an output projection whose result the next core reads as it is
-    role = "".join(letter for letter in "qkvo" if letter in letters)
+    role = spelt(letters)
     if role not in ROLES:
         return Miss(linear.node, f"makes {' and '.join(role)} of one attention")
     if linear.x not in view.runtime:

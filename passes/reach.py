@@ -6,7 +6,6 @@ unless one of them is a low-rank update (LoRA) of the other: from there nothing 
 
 from __future__ import annotations
 
-from collections.abc import Set
 from typing import Any
 
 from torch.fx import Node
@@ -53,17 +52,16 @@ NOTHING: frozenset[Node] = frozenset()
 
 
 class Reach:
-    """Walks from attention cores; `taken` linears end a path without being found."""
+    """Walks from attention cores to the nearest linears."""
 
-    def __init__(self, view: View, taken: Set[Node]) -> None:
+    def __init__(self, view: View) -> None:
         self.view = view
-        self.taken = taken
         self.memo: dict[Node, Found] = {}
 
     def back(self, node: Node, depth: int = 0) -> Found:
         """The linears that a value is made of, or CONFLICT."""
         if node in self.view.linears:
-            return NOTHING if node in self.taken else frozenset((node,))
+            return frozenset((node,))
         if depth > _DEPTH:
             return CONFLICT
         if node not in self.memo:
@@ -149,7 +147,7 @@ class Reach:
                     stack.append(memory)
                 linear = self.view.calls.get(user)
                 if linear is not None:
-                    if linear.node not in self.taken and linear.x in seen:
+                    if linear.x in seen:
                         found.add(linear.node)
                 elif user not in seen and self._passes(user, seen, weights):
                     seen.add(user)
