@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .calibrate import Sample
 from .capture import unwrap
 from .distilling import Fitted, ProjectionMLP, Recipe, distil, hidden_width
 from .errors import CalibrationError, ProjectionError
 from .finding import Projection, projections, sites_of
 from .probe import arguments
 from .replaced import Replaced, Replacement, put
+from .sample import Sample
 
 MEMORY = 4 << 30  # bytes of kept rows, over all sites; like Config.calibration_bytes
 
