@@ -8,9 +8,9 @@ there. `python -m experiments.ablations`.
 - static k: the same routers, the k best experts of every token.
 - MoEfication's router target: activation sums, cross-entropy, static k.
 - expert size: 4 to 256 neurons.
-- clustering: random, and by co-activation where this version has it.
-- projections: Q, K, V and O as blocks too, where this version has `replace_projections`; more is converted
-  then, so compare its `model_cost` with the others', not its `cost`.
+- clustering: random, and by co-activation.
+- projections: Q, K, V and O replaced by ReLU blocks before the finetuning, and converted too; more is
+  converted then, so compare its `model_cost` with the others', not its `cost`.
 - int8: the blocks' weights rounded to 8 bits per row before the conversion; quality alone, no kernel's time.
 """
 
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import d2dcompile as d2d
 from experiments import lab
 from experiments.lab.methods import on
 from experiments.vit import QUICK, Sizes, Stages, digits
@@ -41,7 +40,6 @@ class Variants:
         self.task, self.steps, self.device = stages.task, stages.steps, stages.device
         self.taus = (0.0, 0.3, 1.0) if quick else TAUS
         self.curves: dict[str, list[lab.Point]] = {}
-        self.skipped: dict[str, str] = {}
 
     def add(
         self,
@@ -73,11 +71,11 @@ class Variants:
         self.add("L1 instead of Hoyer", l1, l1_key)
         self.sizes(sparse, key)
         self.add("random experts", sparse, key, clustering="random")
-        self.coactivation(sparse, key)
+        self.add("co-activation clustering", sparse, key, clustering="coactivation")
         self.add(
             "int8 weights", rounded(sparse, self.task.test[0], self.device), {**key, "int8": 1}
         )
-        self.projections(sparse, key)
+        self.projections()
 
     def static(self, reference: nn.Module, key: dict[str, Any]) -> None:
         """Static k on the reference's routers, and on MoEfication's."""
@@ -109,34 +107,10 @@ class Variants:
             if size != sizes.expert and size < sizes.hidden:
                 self.add(f"experts of {size}", sparse, key, expert_size=size)
 
-    def coactivation(self, sparse: nn.Module, key: dict[str, Any]) -> None:
-        """Neurons that are active together in one expert."""
-        try:
-            d2d.Config(clustering="coactivation")
-        except d2d.errors.ConfigError:
-            self.skipped["co-activation"] = "Config has no clustering 'coactivation'"
-            return
-        self.add("co-activation clustering", sparse, key, clustering="coactivation")
-
-    def projections(self, sparse: nn.Module, key: dict[str, Any]) -> None:
-        """Q, K, V and O replaced by blocks that are converted with the others."""
-        replace = getattr(d2d, "replace_projections", None)
-        if replace is None:
-            self.skipped["projections"] = "d2dcompile has no replace_projections"
-            return
-        model = copy.deepcopy(sparse)
-        replace(model, on(self.device, self.task.calibration))
-        self.curves["FFN and projections"] = self.replaced(model, key)
-
-    def replaced(self, model: nn.Module, key: dict[str, Any]) -> list[lab.Point]:
-        """The curve of a model with replaced projections; costs are shares of the blocks it now has."""
-        d2d.convert(
-            model,
-            on(self.device, self.task.calibration),
-            self.stages.sizes.config(),
-            progress=False,
-        )
-        return lab.dynamic(self.task, model, self.device, self.taus)
+    def projections(self) -> None:
+        """Q, K, V and O replaced by blocks, finetuned and converted with the others."""
+        model, key = self.stages.projected(self.stages.sizes.weight, 2 if self.quick else 20)
+        self.add("FFN and projections", model, key)
 
 
 @torch.no_grad()
@@ -161,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = lab.session("ablations", __doc__, argv, shared="digits")
     sizes = QUICK if run.quick else Sizes()
     curves: dict[str, list[list[lab.Point]]] = {}
-    dense, skipped = [], {}
+    dense = []
     for seed in run.seeds:
         stages = Stages(digits(seed, sizes), run.steps(seed), run.device, sizes)
         variants = Variants(stages, run.quick)
@@ -169,14 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, points in variants.curves.items():
             curves.setdefault(name, []).append(points)
         dense.append(dict(lab.dense_point(stages.task, stages.dense()[0], run.device).quality))
-        skipped |= variants.skipped
         run.say(f"seed {seed}: {len(variants.curves)} variants")
     run.write(
         "ViT on digits: what each part is worth",
         {"accuracy": True, "cross-entropy": False},
         curves,
         dense,
-        {"sizes": repr(sizes), "not run": skipped},
+        {"sizes": repr(sizes)},
         ours="reference",
     )
     return 0

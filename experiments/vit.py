@@ -47,7 +47,7 @@ class Sizes:
     expert: int = 4
     router: int = 16
     epochs: int = 30
-    weight: float = 0.3
+    weight: float = 3.0
 
     def config(self, **changes: Any) -> d2d.Config:
         """How it is converted."""
@@ -180,6 +180,30 @@ class Stages:
 
         stage = name or (f"relu-{penalty}-{weight:g}" if penalty else "relu")
         model = trained(self.steps, stage, self.task, recipe, make, self.device)
+        return model, settings_of(self.task, recipe)
+
+    def projected(self, weight: float, epochs: int) -> tuple[nn.Module, dict[str, Any]]:
+        """The base with ReLU and its attention projections replaced by blocks, fine-tuned with Hoyer.
+
+        epochs: of the blocks' distillation.
+        """
+        base, settings = self.base()
+        calibration = [moved(batch, self.device) for batch in self.task.calibration]
+        recipe = Recipe(
+            self.sizes.finetune,
+            rate=5e-4,
+            sparsity={"penalty": "hoyer", "weight": weight, "schedule": "linear_warmup"},
+            seed=self.task.settings["split"] + 500,
+            note=f"projections, {epochs} epochs, from {settings['recipe']['steps']} steps",
+        )
+
+        def make() -> nn.Module:
+            model = copy.deepcopy(base)
+            d2d.relufy(model, calibration[0])
+            d2d.replace_projections(model, calibration, epochs=epochs, progress=False)
+            return model
+
+        model = trained(self.steps, "projections", self.task, recipe, make, self.device)
         return model, settings_of(self.task, recipe)
 
 

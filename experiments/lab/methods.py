@@ -126,9 +126,6 @@ def emulated(
     points = []
     for knob, rule in rules:
         with emulate(blocks, rule) as tally:
-            for batch in batches:
-                model(**batch)
-        with emulate(blocks, rule):
             quality = dict(task.quality(model, batches))
         points.append(Point(knob, tally.cost, 1 - tally.saved / total, quality))
     return points
