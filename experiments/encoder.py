@@ -53,7 +53,7 @@ class Sizes:
     router_width: int = 64
 
 
-QUICK = Sizes(length=24, batch=16, steps=12, calibration=4, validation=2, test=4, classes=4)
+QUICK = Sizes(length=24, batch=16, steps=12, calibration=4, validation=1, test=2, classes=4)
 
 
 class Classifier(nn.Module):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,30 +266,3 @@ def test_the_report_stands_between_its_markers_and_needs_them() -> None:
     assert once == f"a\n{report.BEGIN}\nnew\n{report.END}\nb" == report.replaced(once, "new")
     with pytest.raises(ValueError, match="once each"):
         report.replaced("no markers", "new")
-
-
-def test_digits_in_its_quick_form(tmp_path: Path) -> None:
-    """Every method has its curve; at no threshold D2DMoE is its model; the table can be made of it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.digits", "--quick", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
-    result = json.loads((tmp_path / "digits.json").read_text())
-    assert result["command"].endswith("experiments.digits --quick") and result["seeds"] == [0]
-    curves, note = result["curves"], result["notes"]["per_seed"][0]
-    assert set(result["summary"]) == set(curves) and len(curves) >= 10
-    for method in ("D2DMoE", "static top-k, same router", "MoEfication, sparsified model"):
-        whole = max(curves[method][0], key=lambda point: point["cost"])
-        assert 1.0 < whole["cost"] < 1.2
-        assert whole["quality"]["cross-entropy"] == pytest.approx(
-            note["sparsified"]["cross-entropy"], rel=1e-3
-        ), method
-        assert min(point["cost"] for point in curves[method][0]) < 0.4
-    assert result["dense"][0]["accuracy"] > 0.5  # chance is a tenth
-    assert "| D2DMoE |" in report.table(result)

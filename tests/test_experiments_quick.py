@@ -1,0 +1,69 @@
+"""Each experiment in its quick form: every method has its curve, and the table can be made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+from experiments.lab import report  # noqa: E402
+from experiments.text import fragments, split_of, standard_library  # noqa: E402
+
+METHODS = {
+    "digits": ("D2DMoE", "D2DMoE, tau per site", "static top-k, same router", "MoEfication"),
+    "ablations": ("reference", "FFN and projections", "co-activation clustering", "static k"),
+    "lm": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
+    "gated": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "TEAL", "WINA"),
+    "encoder": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.minilm] * (n == "encoder")) for n in METHODS]
+)
+def test_quick_form(name: str, tmp_path: Path) -> None:
+    """Costs more than dense where everything runs, less than half where little does."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--quick", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result["command"].endswith(f"experiments.{name} --quick") and result["seeds"] == [0]
+    curves, ours = result["curves"], result["ours"]
+    assert set(result["summary"]) == set(curves) >= set(METHODS[name])
+    costs = [point["cost"] for point in curves[ours][0]]
+    assert max(costs) > 1 and min(costs) < 0.5
+    assert f"| {ours} |" in report.table(result)
+
+
+def test_a_file_belongs_to_one_split_whatever_else_there_is() -> None:
+    """By the hash of its path, so that a corpus of fewer files never moves a test file into training."""
+    whole, few = standard_library(), standard_library(40)
+    paths = {split: {path for path, _ in files} for split, files in whole.files.items()}
+    assert all(paths.values()) and sum(map(len, paths.values())) == len(
+        set().union(*paths.values())
+    )
+    for split, files in few.files.items():
+        assert files and {path for path, _ in files} <= paths[split]
+        assert all(split_of(path) == split for path, _ in files)
+    assert whole.sha256 == standard_library().sha256 != few.sha256
+
+
+def test_no_fragment_stands_in_two_splits_or_under_two_modules() -> None:
+    found = fragments(classes=6, most=60)
+    texts = [fragment.text for split in found.splits.values() for fragment in split]
+    assert len(found.modules) == 6 and len({" ".join(t.split()) for t in texts}) == len(texts)
+    for split in found.splits.values():
+        assert {fragment.label for fragment in split} == set(range(6))
