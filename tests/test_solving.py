@@ -239,3 +239,18 @@ def test_impossible_requests_say_what_is_expected() -> None:
         d2d.fit_tau(model, [], budget=0.5)
     with pytest.raises(NoConversionError, match="no attached conversion"):
         d2d.fit_tau(testing.Stack(), batches(), budget=0.5)
+
+
+@pytest.mark.parametrize(("rule", "dense"), [("top_k", 100), ("top_p", 1.0)])
+def test_other_rules_meet_budgets_with_their_own_number(rule: str, dense: float) -> None:
+    """k and p rise with the cost; one site's number may be another's, and is one that the rule can have."""
+    model = uneven()
+    d2d.set_rule(model, rule, dense)
+    number = d2d.fit_tau(model, batches(), budget=0.5)
+    experts = states(model)[0].experts.plan.experts
+    assert d2d.measure(model, batches()).executed == pytest.approx(0.5, abs=1 / experts)
+    each = d2d.fit_tau(model, batches(), budget=0.5, per_site=True)
+    assert set_at(model) == each and d2d.measure(model, batches()).executed <= 0.5 + 1e-9
+    assert each["blocks.1"] < number < max(each.values())  # the second block adds next to nothing
+    if rule == "top_k":
+        assert all(value == int(value) for value in (number, *each.values()))
