@@ -23,20 +23,17 @@ from .judging import judge
 from .layout import hashes_of, permuted, slabs
 from .probe import Graph, arguments, forget_compiled, probing
 from .rewriting import state_of
-from .router import Router, expert_norms, fit_router, gram
+from .router import Router, gram
+from .routers import make_router, targets_of
 from .sample import Sample
 from .state import Learning, State
 from .stepping import Clock
 
 ROUTERS = {"fit": (0.0, 1.0), "task": (1.0, 0.0), "both": (1.0, 1.0), "fixed": (0.0, 0.0)}
-STALE = (
-    "r2",
-    "loss",
-    "tokens",
-    "recall",
-    "iou",
-    "exact_share",
-)  # figures of a fit to older weights
+STALE = (  # figures of a fit to older weights, as far as they stand before an "@"
+    "r2", "loss", "tokens", "epoch", "epochs", "recall", "iou", "exact_share",
+    "pearson", "spearman", "row_pearson", "row_spearman",
+)  # fmt: skip
 
 
 class Finetuning:
@@ -85,13 +82,19 @@ class Finetuning:
 
         batches: as for `convert`; the routers are judged on them, so that the figures and the executed
         shares that kernels expect are of the new weights. Without, shares stay those of before.
-        refit: fit the routers anew to the norms on these batches, as `convert` does.
+        refit: make the routers anew on these batches, as `convert` does.
 
         Graphs compiled before are compiled again. A second call changes nothing. Raises CalibrationError
-        for refit without batches, and for batches that reach no converted site.
+        for refit without batches, and for batches that reach no converted site; FinetuneError for refit of
+        routers made of centroids, which are fitted to nothing.
         """
         if not self.routers:
             return self.conversion
+        if refit and self.conversion.config.router == "centroid":
+            raise FinetuneError(
+                "close(refit=True) of routers made of centroids; expected refit=False. Run convert() "
+                "again for the centroids of the new weights."
+            )
         if refit and batches is None:
             raise CalibrationError(
                 "close(refit=True) has no batches; expected some, as for convert."
@@ -134,7 +137,7 @@ class Finetuning:
 
     def _samples(self, batches: Iterable[Any]) -> dict[str, Sample]:
         """Router inputs and exact norms of every site on the batches."""
-        observer = _Norms(self.conversion)
+        observer = _Targets(self.conversion)
         with probing(self.model, observer) as call:
             for batch in batches:
                 args, kwargs = arguments(batch)
@@ -152,27 +155,29 @@ class Finetuning:
         stats = dict(state.experts.stats)
         stats = {k: v for k, v in stats.items() if k.partition("@")[0] not in STALE}
         if sample is not None:
-            x, norms = sample.rows()
+            x, targets = sample.rows()
             if refit:
-                config, plan = self.conversion.config, state.experts.plan
-                router = fit_router(
-                    x, norms, width=plan.router_width, seed=config.seed + index, epochs=config.router_epochs
-                )  # fmt: skip
+                config = self.conversion.config
+                width = state.experts.plan.router_width
+                router = make_router(x, targets, None, width, config, config.seed + index)
                 router1, router2, stats = router.w1, router.w2, dict(router.stats)
             else:
-                goal = norms.pow(stats.get("exponent", 1.0))
-                stats |= judge(Router(router1, router2, {})(x), goal) | {"tokens": float(len(x))}
+                routed = ~state.experts.shared
+                scores = Router(router1, router2[routed], {})(x)
+                goal = targets[:, routed].pow(stats.get("exponent", 1.0))
+                stats |= judge(scores, goal) | {"tokens": float(len(x))}
         weights = {role: state.weight(role).detach() for role in state.site.tensors}
         back = torch.argsort(state.experts.permutation)
         dense = {role: permuted(state.site, role, w, back) for role, w in weights.items()}
         hashes = hashes_of(state.site, dense, state.experts.permutation)
         return replace(
-            state.experts, router1=router1, router2=router2, hashes=hashes, stats=stats, tau=state.tau
+            state.experts, router1=router1, router2=router2, hashes=hashes, stats=stats,
+            rule=state.rule, tau=state.tau,
         )  # fmt: skip
 
 
-class _Norms:
-    """Observer that samples what routers see and the norms they are to predict, graphs running dense."""
+class _Targets:
+    """Observer that samples what routers see and what they are to predict, graphs running dense."""
 
     def __init__(self, conversion: Conversion) -> None:
         self.samples: dict[str, Sample] = {}
@@ -198,8 +203,8 @@ class _Norms:
             generator = torch.Generator().manual_seed(self._config.seed + len(self.samples))
             self.samples[name] = Sample(self._config.calibration_tokens, generator)
         parts = hidden.reshape(-1, plan.experts, plan.expert_size)
-        norms = expert_norms(parts, self._grams[name])
-        self.samples[name].add(x.reshape(-1, x.shape[-1]), norms)
+        targets = targets_of(self._config.router, parts, self._grams[name])
+        self.samples[name].add(x.reshape(-1, x.shape[-1]), targets)
 
 
 def finetune(
@@ -228,16 +233,28 @@ def finetune(
         router_lr: rate of an Adam of the handle's own, relative to the size of a router's weights, which
             steps whenever the loop's optimizer has. None: the loop trains `handle.parameters()` itself.
 
-    Raises NoConversionError if nothing is attached, FinetuneError for other arguments that are
-    impossible, a conversion that is not the attached one, and a model that is being fine-tuned already.
+    Raises NoConversionError if nothing is attached, FinetuneError for other arguments that are impossible
+    (only routers of the kind "norms" can "fit"; shared experts need "fixed"), a conversion that is not the
+    attached one, and a model that is being fine-tuned already.
     Source: the paper trains experts and routers apart (Szatkowski et al. 2024, section 3); this is not in it.
     """
     if routers not in ROUTERS:
         raise FinetuneError(f"routers is {routers!r}; expected one of {', '.join(ROUTERS)}.")
     if router_lr is not None and not (0 < router_lr < math.inf):
         raise FinetuneError(f"router_lr is {router_lr!r}; expected a finite number > 0, or None.")
+    task, fit = ROUTERS[routers]
+    if fit and conversion.config.router != "norms":
+        raise FinetuneError(
+            f"routers is {routers!r}, which follows the experts' norms; these were made as "
+            f'{conversion.config.router!r}. Expected "task" or "fixed".'
+        )
     sites = attached(model)
     for state in sites:
+        if (task or fit) and bool(state.experts.shared.any()):
+            raise FinetuneError(
+                f"Site {state.site.name!r} has shared experts, whose rows of the router are no numbers to "
+                'train; expected routers="fixed", or a conversion without shared_experts.'
+            )
         if conversion.experts.get(state.site.name) is not state.experts:
             raise FinetuneError(
                 f"Site {state.site.name!r} is attached from another conversion than the one given; "

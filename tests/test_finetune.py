@@ -227,3 +227,39 @@ def test_what_cannot_be_fine_tuned_is_refused() -> None:
         d2d.finetune(testing.Stack(2), conversion)
     with d2d.finetune(model, conversion), pytest.raises(FinetuneError, match="already"):
         d2d.finetune(model, conversion)
+
+
+def test_rules_and_shared_experts_outlive_fine_tuning(tmp_path: Path) -> None:
+    model = testing.Stack(2)
+    batches = [torch.randn(256, 16)]
+    config = d2d.Config(router_epochs=2, expert_size=8, router_width=8, shared_experts=2)
+    conversion = d2d.convert(model, batches, config, progress=False)
+    d2d.set_rule(model, "top_k", 3)
+    with pytest.raises(FinetuneError, match=r"shared experts.*'?fixed"):
+        d2d.finetune(model, conversion)
+    with d2d.finetune(model, conversion, routers="fixed") as tuning:
+        steps(compiled(model), model.parameters())
+        after = tuning.close(batches)
+    for name, experts in after.experts.items():
+        assert (experts.rule, experts.tau, int(experts.shared.sum())) == ("top_k", 3.0, 2)
+        assert torch.equal(experts.shared, conversion.experts[name].shared)
+        assert all(value == value for value in experts.stats.values())
+    after.save(tmp_path / "experts")
+    assert d2d.load(tmp_path / "experts").experts["blocks.0"].rule == "top_k"
+    assert d2d.measure(model, batches).executed == pytest.approx(5 / 8)  # three, beside the two
+
+
+def test_routers_of_other_kinds_are_refused_what_they_are_not_made_for() -> None:
+    model, batches = testing.Stack(1), [torch.randn(256, 16)]
+    for kind in ("classify", "centroid"):
+        config = d2d.Config(router_epochs=2, expert_size=8, router_width=8, router=kind)
+        conversion = d2d.convert(model, batches, config, progress=False)
+        with pytest.raises(FinetuneError, match=f"{kind}.*task"):
+            d2d.finetune(model, conversion)
+        tuning = d2d.finetune(model, conversion, routers="task")
+        steps(compiled(model), model.parameters(), 1)
+        if kind == "centroid":
+            with pytest.raises(FinetuneError, match="centroids"):
+                tuning.close(batches, refit=True)
+        after = tuning.close(batches, refit=kind != "centroid")
+        assert after.experts["blocks.0"].stats["tokens"] == 256
