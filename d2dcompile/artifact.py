@@ -37,13 +37,12 @@ def save(conversion: Conversion, folder: str | os.PathLike[str]) -> None:
     Both files are written to a fresh folder beside it first and moved at the end, tensors before JSON,
     so that a crash leaves either the old pair or a pair whose hashes do not fit and is refused.
     """
-    target = Path(folder)
     tensors: dict[str, Tensor] = {}
     for name, experts in conversion.experts.items():
         for part in TENSORS:
             # A copy each, because safetensors refuses tensors that share memory.
             tensors[f"{name}.{part}"] = getattr(experts, part).detach().cpu().contiguous().clone()
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "config": asdict(conversion.config),
@@ -51,14 +50,26 @@ def save(conversion: Conversion, folder: str | os.PathLike[str]) -> None:
         "sites": [_site_json(experts) for experts in conversion.experts.values()],
         "tensors": {name: entry(tensor) for name, tensor in sorted(tensors.items())},
     }
+    write_pair(folder, document, tensors, JSON_NAME, TENSORS_NAME)
+
+
+def write_pair(
+    folder: str | os.PathLike[str],
+    document: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    json_name: str,
+    tensors_name: str,
+) -> None:
+    """Write a document, with its "sha256" added, and its tensors; replaces files of these names only."""
     document["sha256"] = digest_of(document)
+    target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".d2dmoe-", dir=target))
     try:
-        save_file(tensors, fresh / TENSORS_NAME)
+        save_file(dict(tensors), fresh / tensors_name)
         text = json.dumps(document, indent=1, allow_nan=False)
-        (fresh / JSON_NAME).write_text(text, encoding="utf-8")
-        for name in (TENSORS_NAME, JSON_NAME):
+        (fresh / json_name).write_text(text, encoding="utf-8")
+        for name in (tensors_name, json_name):
             os.chmod(fresh / name, 0o644)
             os.replace(fresh / name, target / name)
     finally:

@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .artifact import digest_of, entry
+from .artifact import digest_of, entry, write_pair
 from .capture import unwrap
 from .distilling import Fitted, ProjectionMLP
 from .errors import ArtifactError, ProjectionError
@@ -123,19 +119,7 @@ class Replaced:
             "left": self.left,
             "tensors": {name: entry(tensor) for name, tensor in sorted(tensors.items())},
         }
-        document["sha256"] = digest_of(document)
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=".projections-", dir=target))
-        try:
-            save_file(tensors, fresh / TENSORS_NAME)
-            text = json.dumps(document, indent=1, allow_nan=False)
-            (fresh / JSON_NAME).write_text(text, encoding="utf-8")
-            for name in (TENSORS_NAME, JSON_NAME):
-                os.chmod(fresh / name, 0o644)
-                os.replace(fresh / name, target / name)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        write_pair(folder, document, tensors, JSON_NAME, TENSORS_NAME)
 
     def _alive(self) -> nn.Module:
         model = self._model()
