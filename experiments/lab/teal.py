@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .emulation import Block, Rule, emulate
 
 LEVELS = 200  # quantiles kept per tensor
+GREEDY_TOKENS = 1024  # of the first batch, that the greedy allocation looks at
 STEP = 0.05  # of the block's multiply-adds per greedy step
 
 
@@ -45,6 +47,7 @@ class _Quantiles(Rule):
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], list[Tensor]] = {}
+        self.first = 0  # tokens of the first batch
 
     def _see(self, block: Block, which: str, values: Tensor) -> None:
         flat = values.detach().float().abs().flatten()
@@ -52,6 +55,7 @@ class _Quantiles(Rule):
         self.found.setdefault((block.site.name, which), []).append(flat)
 
     def hidden(self, block: Block, x: Tensor, h: Tensor) -> None:
+        self.first = self.first or x.numel() // x.shape[-1]
         self._see(block, "x", x)
         self._see(block, "h", h)
 
@@ -74,7 +78,8 @@ def teal(
     sparsities: Sequence[float],
     greedy: bool = True,
 ) -> Iterator[tuple[float, Rule]]:
-    """TEAL at target sparsities of every block; greedy allocation looks at the first batch alone.
+    """TEAL at target sparsities of every block; greedy allocation looks at
+    GREEDY_TOKENS tokens of the first batch alone.
 
     A sparsity is the share of a block's multiply-adds to drop, by the calibration quantiles.
     """
@@ -83,10 +88,11 @@ def teal(
         for batch in batches:
             model(**batch)
     tables = recorder.table()
+    few = _rows(batches[0], recorder.first)
     paths: dict[str, list[tuple[float, float]]] = {}
     for block in blocks:
         if greedy:
-            paths[block.site.name] = _greedy(model, block, batches[0], tables, max(sparsities))
+            paths[block.site.name] = _greedy(model, block, few, tables, max(sparsities))
     for sparsity in sparsities:
         rule = Teal()
         for block in blocks:
@@ -158,17 +164,39 @@ def _greedy(
 
 
 def _output(model: nn.Module, block: Block, batch: Mapping, rule: Rule) -> Tensor:
-    """What the block's `down` gives on a batch."""
-    with emulate([block], rule), _capturing(block.down) as seen:
-        model(**batch)
-    return torch.cat([value.float().flatten() for value in seen])
+    """What the block's `down` gives on a batch, at its first call; what comes after it is not run."""
+    with emulate([block], rule), _stopping(block.down):
+        try:
+            model(**batch)
+        except _Reached as found:
+            return found.output.float().flatten()
+    raise ValueError(f"The model did not run block {block.site.name}; expected a batch that does.")
+
+
+class _Reached(Exception):
+    """The module that was waited for has run."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
 
 
 @contextmanager
-def _capturing(module: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    hook = module.register_forward_hook(lambda _, args, output: seen.append(output))
+def _stopping(module: nn.Module) -> Iterator[None]:
+    """Let the module's call raise _Reached with its output."""
+
+    def stop(_: nn.Module, args: Any, output: Tensor) -> None:
+        raise _Reached(output)
+
+    hook = module.register_forward_hook(stop)
     try:
-        yield seen
+        yield
     finally:
         hook.remove()
+
+
+def _rows(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The first rows of a batch, about GREEDY_TOKENS of its tokens."""
+    sizes = [len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+    count = max(1, -(-GREEDY_TOKENS * max(sizes, default=1) // max(tokens, 1)))
+    return {k: v[:count] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
