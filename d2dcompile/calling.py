@@ -36,6 +36,7 @@ class Slot:
         form: whether one kernel runs it or several ops, which take other operands.
         choice: how experts are chosen in the graph; a site's own has to be the same.
         packs, int8: which copies of its weights a kernel may keep (see `Options`).
+        leader: number of the slot whose first router layer this one shares in the graph; None for its own.
     """
 
     places: Mapping[str, int]
@@ -45,15 +46,23 @@ class Slot:
     choice: Choice
     packs: bool
     int8: bool
+    leader: int | None = None
 
     @classmethod
     def of(
-        cls, captured: Captured, found: Match, form: Form, choice: Choice, options: Options
+        cls,
+        captured: Captured,
+        found: Match,
+        form: Form,
+        choice: Choice,
+        options: Options,
+        leader: int | None = None,
     ) -> Slot:
         """The slot of a converted match."""
         places = parameter_places(captured, found)
         computed = meaning(found.activation)
-        return cls(places, found.site.kind, computed, form, choice, options.pack, options.int8)
+        copies = options.pack, options.int8
+        return cls(places, found.site.kind, computed, form, choice, *copies, leader)
 
     def state(self, args: Sequence[Any]) -> State | None:
         """The attached site that these arguments are the weights of, or None."""
@@ -67,7 +76,8 @@ class Slot:
         """The graph's operands for an attached site."""
         if self.form == "record":
             return (state.prepared(self.packs, self.int8).record,)
-        return state.operands(self.form)
+        operands = state.operands(self.form)
+        return operands if self.leader is None else operands[1:]  # all but router1
 
 
 def operands_of(slots: Sequence[Slot], states: Sequence[State]) -> list[Tensor]:
@@ -162,6 +172,8 @@ class Dispatching:
             state = slot.state(weights)
             if state is None or self._chooses_otherwise(slot, state):
                 return None
+            if slot.leader is not None and self._stands_alone(state, found[slot.leader]):
+                return None
             if not self._options.trainable:
                 state.check()
             found.append(state)
@@ -176,6 +188,19 @@ class Dispatching:
                 f"A graph compiled for {slot.choice} was called for site {state.site.name!r} with "
                 f"{state.choice}. Layers that share one compiled graph need one rule: set it with "
                 "set_rule(model, rule, value) for all of them, or compile them apart."
+            )
+        return True
+
+    def _stands_alone(self, state: State, leader: State) -> bool:
+        """Whether a site has another first router layer than the one this graph shares; as above."""
+        if state.shares_with(leader):
+            return False
+        if self._options.strict:
+            raise RuleError(
+                f"A graph compiled for sites that share one first router layer was called for "
+                f"{leader.site.name!r} and {state.site.name!r}, which do not. Layers and models that share "
+                "one compiled graph need conversions with the same Config.share_routers, or "
+                "torch.compiler.reset() between them."
             )
         return True
 

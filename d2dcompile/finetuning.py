@@ -23,7 +23,7 @@ from .judging import judge
 from .layout import hashes_of, permuted, slabs
 from .probe import Graph, arguments, forget_compiled, probing
 from .rewriting import state_of
-from .router import Router, expert_norms, fit_router, gram
+from .router import Router, expert_norms, fit_routers, gram
 from .sample import Sample
 from .state import Learning, State
 from .stepping import Clock
@@ -59,11 +59,14 @@ class Finetuning:
         self.conversion = conversion
         self.steps = 0
         self._sites = sites
+        firsts: dict[tuple[int, torch.device], nn.Parameter] = {}  # what sites share stays shared
         for state in sites:
             device = state.weight("down").device
-            first, second = (
-                nn.Parameter(w.detach().to(device, torch.float32, copy=True)) for w in state.routers
-            )
+            router1, router2 = state.routers
+            key = id(router1), device
+            if key not in firsts:
+                firsts[key] = _parameter(router1, device)
+            first, second = firsts[key], _parameter(router2, device)
             exponent = state.experts.stats.get("exponent", 1.0)
             state.release()
             state.learning = Learning(first, second, torch.tensor([*aims, exponent], device=device))
@@ -72,13 +75,17 @@ class Finetuning:
 
     @property
     def routers(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """{site name: (router1 [R, D], router2 [E, R])} fp32; empty after `close`."""
+        """{site name: (router1 [R, D], router2 [E, R])} fp32; empty after `close`.
+
+        Sites that share their first router layer hold one parameter router1.
+        """
         held = {s.site.name: s.learning for s in self._sites}
         return {name: (o.router1, o.router2) for name, o in held.items() if o is not None}
 
     def parameters(self) -> list[nn.Parameter]:
         """The routers, for an optimizer of one's own, with router_lr=None."""
-        return [parameter for pair in self.routers.values() for parameter in pair]
+        held = [parameter for pair in self.routers.values() for parameter in pair]
+        return list({id(parameter): parameter for parameter in held}.values())
 
     def close(self, batches: Iterable[Any] | None = None, refit: bool = False) -> Conversion:
         """End the training: record what weights and routers are now, and return the new conversion.
@@ -98,9 +105,13 @@ class Finetuning:
             )
         samples = self._samples(batches) if batches is not None else {}
         renewed = {}
-        for index, state in enumerate(self._sites):
-            sample = samples.get(state.site.name)
-            renewed[state.site.name] = self._recorded(state, sample, refit, index)
+        for index, group in self._groups():
+            named = [state.site.name for state in group]
+            found = self._routers(
+                group, [samples[n].rows() for n in named if n in samples], refit, index
+            )
+            for state, router in zip(group, found, strict=True):
+                renewed[state.site.name] = self._recorded(state, router)
         self._clock.stop()
         for state in self._sites:
             state.renew(renewed[state.site.name])
@@ -146,29 +157,52 @@ class Finetuning:
             )
         return observer.samples
 
-    def _recorded(self, state: State, sample: Sample | None, refit: bool, index: int) -> Experts:
-        """A site's experts with hashes of the weights, the router, and its figures, as they are now."""
-        router1, router2 = (w.detach().cpu().clone() for w in state.routers)
-        stats = dict(state.experts.stats)
-        stats = {k: v for k, v in stats.items() if k.partition("@")[0] not in STALE}
-        if sample is not None:
-            x, norms = sample.rows()
-            if refit:
-                config, plan = self.conversion.config, state.experts.plan
-                router = fit_router(
-                    x, norms, width=plan.router_width, seed=config.seed + index, epochs=config.router_epochs
-                )  # fmt: skip
-                router1, router2, stats = router.w1, router.w2, dict(router.stats)
-            else:
+    def _groups(self) -> list[tuple[int, list[State]]]:
+        """The sites by the first router layer that they hold, with the number of the first of each."""
+        groups: dict[int, tuple[int, list[State]]] = {}
+        for index, state in enumerate(self._sites):
+            groups.setdefault(id(state.routers[0]), (index, []))[1].append(state)
+        return list(groups.values())
+
+    def _routers(
+        self, group: list[State], rows: list[tuple[Tensor, Tensor]], refit: bool, index: int
+    ) -> list[Router]:
+        """The routers of sites that share a first layer, as they are now or fitted anew, with their figures.
+
+        rows: x and norms of each site, or nothing.
+        """
+        if refit:
+            config, plan = self.conversion.config, group[0].experts.plan
+            return fit_routers(
+                rows, width=plan.router_width, seed=config.seed + index, epochs=config.router_epochs
+            )
+        first, found = group[0].routers[0].detach().cpu().clone(), []
+        for i, state in enumerate(group):
+            known = state.experts.stats.items()
+            stats = {k: v for k, v in known if k.partition("@")[0] not in STALE}
+            router = Router(first, state.routers[1].detach().cpu().clone(), stats)
+            if rows:
+                x, norms = rows[i]
                 goal = norms.pow(stats.get("exponent", 1.0))
-                stats |= judge(Router(router1, router2, {})(x), goal) | {"tokens": float(len(x))}
+                stats |= judge(router(x), goal) | {"tokens": float(len(x))}
+            found.append(router)
+        return found
+
+    def _recorded(self, state: State, router: Router) -> Experts:
+        """A site's experts with this router and hashes of the weights as they are now."""
         weights = {role: state.weight(role).detach() for role in state.site.tensors}
         back = torch.argsort(state.experts.permutation)
         dense = {role: permuted(state.site, role, w, back) for role, w in weights.items()}
         hashes = hashes_of(state.site, dense, state.experts.permutation)
         return replace(
-            state.experts, router1=router1, router2=router2, hashes=hashes, stats=stats, tau=state.tau
+            state.experts, router1=router.w1, router2=router.w2, hashes=hashes, stats=router.stats,
+            tau=state.tau,
         )  # fmt: skip
+
+
+def _parameter(router: Tensor, device: torch.device) -> nn.Parameter:
+    """A copy that learns."""
+    return nn.Parameter(router.detach().to(device, torch.float32, copy=True))
 
 
 class _Norms:

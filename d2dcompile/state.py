@@ -90,6 +90,16 @@ class State:
         """Whether these are the very parameters the site was attached to, by role."""
         return all(ref() is weights.get(role) for role, ref in self._weights.items())
 
+    def shares_with(self, other: State) -> bool:
+        """Whether one first router layer serves both sites: one tensor, used on one device in one dtype."""
+        own, others = self.weight("down"), other.weight("down")
+        return (
+            self.routers[0] is other.routers[0]
+            and (own.device, own.dtype) == (others.device, others.dtype)
+            and self.exact is None
+            and other.exact is None
+        )
+
     @property
     def choice(self) -> Choice:
         """How experts are chosen, as far as compiled graphs hold it; they are not for states of another."""
