@@ -22,8 +22,30 @@ from .errors import DenseFallbackWarning, NoConversionError, RuleError
 from .options import Options
 from .passes import Match
 from .passes.insert_moe import Choice, Form
+from .passes.share_routing import Shares
 from .rewriting import parameter_places
 from .state import State, meaning
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slot's part in sharing a first router layer in its graph.
+
+    Attributes:
+        leader: number of the slot whose layer it reads; None for its own.
+        led: numbers of the slots that read its layer, its own first; none if no other does.
+        width: features of its layer.
+    """
+
+    leader: int | None
+    led: tuple[int, ...]
+    width: int
+
+    @classmethod
+    def of(cls, shares: Shares, index: int) -> Part:
+        """The part of match number `index`."""
+        leader = shares.leaders[index] if shares.follows(index) else None
+        return cls(leader, shares.led(index), shares.widths[index])
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,7 @@ class Slot:
         form: whether one kernel runs it or several ops, which take other operands.
         choice: how experts are chosen in the graph; a site's own has to be the same.
         packs, int8: which copies of its weights a kernel may keep (see `Options`).
-        leader: number of the slot whose first router layer this one shares in the graph; None for its own.
+        part: its part in sharing a first router layer.
     """
 
     places: Mapping[str, int]
@@ -46,7 +68,7 @@ class Slot:
     choice: Choice
     packs: bool
     int8: bool
-    leader: int | None = None
+    part: Part
 
     @classmethod
     def of(
@@ -56,13 +78,13 @@ class Slot:
         form: Form,
         choice: Choice,
         options: Options,
-        leader: int | None = None,
+        part: Part,
     ) -> Slot:
         """The slot of a converted match."""
         places = parameter_places(captured, found)
         computed = meaning(found.activation)
         copies = options.pack, options.int8
-        return cls(places, found.site.kind, computed, form, choice, *copies, leader)
+        return cls(places, found.site.kind, computed, form, choice, *copies, part)
 
     def state(self, args: Sequence[Any]) -> State | None:
         """The attached site that these arguments are the weights of, or None."""
@@ -72,18 +94,21 @@ class Slot:
             return None
         return state if state.owns(weights) else None
 
-    def operands(self, state: State) -> tuple[Tensor, ...]:
-        """The graph's operands for an attached site."""
+    def operands(self, state: State, states: Sequence[State]) -> tuple[Tensor, ...]:
+        """The graph's operands for an attached site, among those of all slots."""
+        copies = self.packs, self.int8
         if self.form == "record":
-            return (state.prepared(self.packs, self.int8).record,)
+            record = state.prepared(*copies).record
+            sharers = [states[i] for i in self.part.led]
+            return (record, state.layer(sharers, *copies).record) if sharers else (record,)
         operands = state.operands(self.form)
-        return operands if self.leader is None else operands[1:]  # all but router1
+        return operands if self.part.leader is None else operands[1:]  # all but router1
 
 
 def operands_of(slots: Sequence[Slot], states: Sequence[State]) -> list[Tensor]:
     """The operands of all slots, in the order that the compiled graph takes them."""
     pairs = zip(slots, states, strict=True)
-    return [operand for slot, state in pairs for operand in slot.operands(state)]
+    return [operand for slot, state in pairs for operand in slot.operands(state, states)]
 
 
 @dataclass(frozen=True)
@@ -172,7 +197,7 @@ class Dispatching:
             state = slot.state(weights)
             if state is None or self._chooses_otherwise(slot, state):
                 return None
-            if slot.leader is not None and self._stands_alone(state, found[slot.leader]):
+            if self._stands_alone(slot.part, state, found):
                 return None
             if not self._options.trainable:
                 state.check()
@@ -191,16 +216,19 @@ class Dispatching:
             )
         return True
 
-    def _stands_alone(self, state: State, leader: State) -> bool:
+    def _stands_alone(self, part: Part, state: State, earlier: Sequence[State]) -> bool:
         """Whether a site has another first router layer than the one this graph shares; as above."""
-        if state.shares_with(leader):
+        if part.leader is None:
+            return False
+        leader = earlier[part.leader]
+        if state.shares_with(leader) and state.experts.plan.router_width == part.width:
             return False
         if self._options.strict:
             raise RuleError(
-                f"A graph compiled for sites that share one first router layer was called for "
-                f"{leader.site.name!r} and {state.site.name!r}, which do not. Layers and models that share "
-                "one compiled graph need conversions with the same Config.share_routers, or "
-                "torch.compiler.reset() between them."
+                f"A graph compiled for sites that share a first router layer of {part.width} features "
+                f"was called for {leader.site.name!r} and {state.site.name!r}, which do not. Layers and "
+                "models that share one compiled graph need conversions with the same "
+                "Config.share_routers and router_width, or torch.compiler.reset() between them."
             )
         return True
 

@@ -14,8 +14,9 @@ from .attachment import states
 from .capture import unwrap
 from .errors import CalibrationError, NoConversionError
 from .passes.insert_moe import Choice
+from .passes.share_routing import Shares
 from .probe import Graph, arguments, countable, flop_counter, insert_observer, probing
-from .rewriting import Rewritten, leading, rewrite_captured, state_of
+from .rewriting import Rewritten, rewrite_captured, shared, state_of
 from .state import State
 
 
@@ -89,7 +90,7 @@ class Measuring:
         self.flops = flops
         self.dense = False
         self._running: list[State] = []
-        self._leaders: tuple[int, ...] = ()
+        self._shares = Shares((), ())
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
         """Run the graph as the backend would, uncompiled, and count its multiply-adds."""
@@ -101,15 +102,15 @@ class Measuring:
         for state in self._running:
             state.check()
         choices = tuple(state.choice for state in self._running)
-        self._leaders = leading([graph.matches[i] for i in converted], self._running)
+        self._shares = shared([graph.matches[i] for i in converted], self._running)
         rewritten: Rewritten = graph.variant(
-            (converted, choices, self._leaders),
-            lambda: _counting(graph, converted, choices, self._leaders),
+            (converted, choices, self._shares),
+            lambda: _counting(graph, converted, choices, self._shares),
         )
         extra = [
             tensor
             for i, state in enumerate(self._running)
-            for tensor in state.operands()[int(self._leaders[i] != i) :]
+            for tensor in state.operands()[int(self._shares.follows(i)) :]
         ]
         if not self.flops:
             return rewritten.gm.forward(*args, *extra)
@@ -128,7 +129,7 @@ class Measuring:
         rows, pairs = x.numel() // site.d_model, int(counts.sum())
         first = 2 if site.kind == "glu" else 1  # matrices before the activation
         slab = (first * site.d_model + site.d_out) * plan.expert_size
-        first_layer = site.d_model if self._leaders[index] == index else 0
+        first_layer = 0 if self._shares.follows(index) else site.d_model
         router = plan.router_width * (first_layer + plan.experts)
         width = state.weight("down").element_size()
         stats = self.stats.sites.setdefault(site.name, SiteStats())
@@ -144,12 +145,12 @@ class Measuring:
 
 
 def _counting(
-    graph: Graph, converted: tuple[int, ...], choices: Sequence[Choice], leaders: Sequence[int]
+    graph: Graph, converted: tuple[int, ...], choices: Sequence[Choice], shares: Shares
 ) -> Rewritten:
     """The graph with its converted matches rewritten, handing x and offsets to the observer."""
     matches = [graph.matches[i] for i in converted]
     chosen = {found.site.name: choice for found, choice in zip(matches, choices, strict=True)}
-    rewritten = rewrite_captured(graph.captured, matches, choices=chosen, leaders=leaders)
+    rewritten = rewrite_captured(graph.captured, matches, choices=chosen, shares=shares)
     for index, inserted in enumerate(rewritten.inserted):
         x, graph_of = inserted.output.args[0], inserted.output.graph
         assert isinstance(x, Node) and inserted.offsets is not None

@@ -32,6 +32,7 @@ from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 from ..kernels.native import SLABS
 from ..kernels.route import route
+from ..kernels.router_hidden import router_hidden
 from .base import Match
 from .halves import SPLITS
 from .linear import Linear
@@ -74,18 +75,17 @@ class Inserted:
     hidden: Node | None = None
 
 
-SHARING: tuple[Form, ...] = ("ops", "learning")
-"""The forms in which the first router layer is a node, so that sites can share it."""
-
-
-def operand_names(site: Site, form: Form = "ops", follows: bool = False) -> tuple[str, ...]:
+def operand_names(
+    site: Site, form: Form = "ops", follows: bool = False, leads: bool = False
+) -> tuple[str, ...]:
     """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs.
 
     The form "record" takes a record only, the form "learning" aims too. follows: whether the site shares
-    the first router layer of an earlier one, and so takes no router1.
+    the first router layer of an earlier one, and so takes no router1. leads: whether others share its own,
+    for which the form "record" takes the layer's record.
     """
     if form == "record":
-        return ("record",)
+        return ("record", "layer") if leads else ("record",)
     present = {"w_up", "w_down"}
     if site.kind == "glu":
         present.add("w_gate")
@@ -107,24 +107,29 @@ def insert_moe(
     form: Form = "ops",
     choice: Choice = Choice(),
     hidden: Node | None = None,
+    width: int = 0,
 ) -> Inserted:
     """Insert the nodes of one converted site and erase the dense block they replace.
 
     graph is a copy of the matched graph and `at` maps the match's nodes to that copy. The block's last
     node becomes the expert_mlp call, so that it stays the input of whatever is matched after it.
-    hidden: the node of relu(x router1^T) that an earlier site inserted, for this one to share.
+    hidden: the node of relu(x router1^T) that an earlier site inserted, for this one to share. width: R,
+    where this one's is to be shared as one op with a record.
     Whoever reads the shape of a hidden value reads it from a stand-in without memory.
     """
     root = at(match.root)
     with graph.inserting_before(root):
         x, slabs = _inputs(graph, match, at(match.x), operands)
-        if hidden is None and form in SHARING and (choice.exact is None or form == "learning"):
+        if "layer" in operands:
+            hidden = graph.call_function(router_hidden.overload, (x, operands["layer"], width))
+        elif hidden is None and _has_layer(form, choice):
             read = graph.call_method("detach", (x,)) if form == "learning" else x
             first = graph.call_function(F.linear, (read, slabs["router1"]))
             hidden = graph.call_function(F.relu, (first,))
     offsets, stand_ins = None, _StandIns(graph, match, at)
     if form == "record":
-        call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out))
+        given = () if hidden is None else (hidden,)
+        call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out, *given))
     else:
         offsets, call = _experts(graph, match, at, x, slabs, form, choice, hidden)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
@@ -136,6 +141,11 @@ def insert_moe(
             user.replace_input_with(at(node), stand_ins[node])
         graph.erase_node(at(node))
     return Inserted(output, offsets, hidden)
+
+
+def _has_layer(form: Form, choice: Choice) -> bool:
+    """Whether the first router layer is plain nodes."""
+    return form == "learning" or (form == "ops" and choice.exact is None)
 
 
 def _experts(
@@ -184,7 +194,7 @@ def _inputs(
         x = graph.call_function(torch.movedim, (x, axis, -1))
     if match.dtype is not None:
         x = graph.call_method("to", (x, match.dtype))
-        for name in [name for name in slabs if name not in ("tau", "aims", "record")]:
+        for name in [name for name in slabs if name not in ("tau", "aims", "record", "layer")]:
             slabs[name] = graph.call_method("to", (slabs[name], match.dtype))
     return x, slabs
 

@@ -8,8 +8,31 @@ What was fitted together and what a graph computes once are both decided by `sam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from .base import Match
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which matches of a graph share a first router layer.
+
+    Attributes:
+        leaders: for each match the index of the one whose layer it reads; its own for none.
+        widths: R, the features of each one's layer.
+    """
+
+    leaders: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    def follows(self, index: int) -> bool:
+        """Whether this match reads the layer of an earlier one."""
+        return self.leaders[index] != index
+
+    def led(self, index: int) -> tuple[int, ...]:
+        """The matches that read this one's layer, itself first; none where no other does."""
+        found = tuple(i for i, leader in enumerate(self.leaders) if leader == index)
+        return found if len(found) > 1 else ()
 
 
 def same_inputs(

@@ -16,9 +16,14 @@ from d2dcompile import backend, rewriting, testing
 from d2dcompile.attachment import states
 from d2dcompile.capture import from_graph_module
 from d2dcompile.errors import ArtifactError, DenseFallbackWarning, RuleError
+from d2dcompile.kernels import build
 from d2dcompile.kernels.dispatch import dispatch
+from d2dcompile.kernels.dynamic_mlp import dynamic_mlp
 from d2dcompile.kernels.expert_mlp import expert_mlp
 from d2dcompile.kernels.gate import gate
+from d2dcompile.kernels.router_hidden import cpu as router_hidden_cpu
+from d2dcompile.kernels.router_hidden import router_hidden
+from d2dcompile.passes.share_routing import Shares
 from d2dcompile.router import fit_router, fit_routers
 
 D, R, SIZE, TOKENS = 16, 8, 2, 48
@@ -28,11 +33,11 @@ QKV = ("q_proj", "k_proj", "v_proj")
 class Layer(nn.Module):
     """Self-attention with four projections, and a feed-forward block that reads the same x."""
 
-    def __init__(self) -> None:
+    def __init__(self, d: int = D) -> None:
         super().__init__()
         for name in (*QKV, "o_proj"):
-            setattr(self, name, nn.Linear(D, D))
-        self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+            setattr(self, name, nn.Linear(d, d))
+        self.up, self.down = nn.Linear(d, 32), nn.Linear(32, d)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (getattr(self, name)(x).unflatten(-1, (2, -1)).transpose(1, 2) for name in QKV)
@@ -40,16 +45,16 @@ class Layer(nn.Module):
         return x + self.o_proj(mixed) + self.down(F.relu(self.up(x)))
 
 
-def batches() -> list[Tensor]:
+def batches(d: int = D) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(2, TOKENS // 2, D, generator=generator) for _ in range(4)]
+    return [torch.randn(2, TOKENS // 2, d, generator=generator) for _ in range(4)]
 
 
-def layer() -> nn.Module:
+def layer(d: int = D) -> nn.Module:
     """A layer whose projections are blocks."""
     torch.manual_seed(0)
-    model = Layer().eval()
-    d2d.replace_projections(model, batches()[:2], epochs=2, progress=False)
+    model = Layer(d).eval()
+    d2d.replace_projections(model, batches(d)[:2], epochs=2, progress=False)
     return model
 
 
@@ -163,6 +168,53 @@ def test_compiled_sites_share_and_equal_dense_at_tau_zero_in_inference_and_train
         fast = compiled(model, trainable=True)
         assert testing.error_ratio(fast(x).detach(), dense, exact) <= 2
     assert [len({node for node, _ in routers_of(gm)}) for gm in graphs] == [3, 3]
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_one_kernel_a_site_takes_the_shared_layer_with_the_bits_of_its_own(inner: str) -> None:
+    """Of a width that has kernels; calls of many rows and of one."""
+    if build.compiler() is not None:
+        pytest.skip("needs a C++ compiler")
+    wide, x = layer(512), batches(512)[0]
+    config = d2d.Config(expert_size=32, router_width=32, router_epochs=1)
+    d2d.convert(wide, batches(512), config, progress=False)
+    graphs: list[torch.fx.GraphModule] = []
+    real = backend._inner
+    alone = Shares(tuple(range(5)), (32,) * 5)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(backend, "_inner", lambda gm, *rest: graphs.append(gm) or real(gm, *rest))
+        dense, exact = wide(x), copy.deepcopy(wide).double()(x.double())
+        fast = compiled(wide, inner=inner)
+        assert testing.error_ratio(fast(x), dense, exact) <= 2
+        d2d.set_tau(wide, 0.6)
+        shared, one = fast(x), fast(x[:1, :1])
+        assert not torch.allclose(shared, dense, atol=1e-3)
+        patch.setattr(backend, "shared", lambda *_: alone)
+        apart = compiled(wide, inner=inner)
+        assert torch.equal(shared, apart(x)) and torch.equal(one, apart(x[:1, :1]))
+    hidden = [len(targets_of(gm, router_hidden.overload)) for gm in graphs]
+    assert set(hidden[: len(hidden) // 2]) == {1} and set(hidden[len(hidden) // 2 :]) == {0}
+    blocks = targets_of(graphs[0], dynamic_mlp.overload)
+    assert sorted(len(block.args) for block in blocks) == [3, 4, 4, 4]
+
+
+def test_the_shared_layer_is_left_out_where_no_site_reads_it() -> None:
+    if build.compiler() is not None:
+        pytest.skip("needs a C++ compiler")
+    wide, x = layer(512), batches(512)[0].flatten(0, 1)
+    config = d2d.Config(expert_size=32, router_width=32, router_epochs=1)
+    d2d.convert(wide, batches(512), config, progress=False)
+    some = [state for state in states(wide) if state.site.name in QKV]
+    made = some[0].layer(some, True, False)
+    assert some[0].layer(some, True, False) is made
+
+    def ran() -> Tensor:
+        out = torch.full((len(x), 32), torch.nan)
+        return router_hidden_cpu.run_out(x, made.record, 32, out=out)
+
+    assert ran().isnan().all()
+    d2d.set_tau(wide, {"v_proj": 0.1})
+    torch.testing.assert_close(ran(), F.relu(x @ some[0].routers[0].T), rtol=1e-4, atol=1e-5)
 
 
 def test_a_folder_keeps_what_is_shared_once_and_refuses_sharing_with_no_earlier_site(
