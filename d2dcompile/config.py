@@ -42,7 +42,9 @@ class Config:
             "classify" (trained on their activations, MoEfication's) or "centroid" (untrained: cosine to
             the mean up- or gate-row); see `d2dcompile.router`.
         share_routers: whether projections that read the same x, such as the blocks that replaced Q, K and V,
-            get one first router layer, fitted for all of them together; not with "centroid".
+            get one first router layer, fitted for all of them together; not with "centroid". Saves a tenth
+            to a third of their time on CPUs, and costs quality at the same width: at tau .3 a mean IoU with
+            the exact choice of .750 instead of .789 in MiniLM.
         router_patience: epochs without a better validation after which a fit ends; 0 never ends early.
         clustering: "kmeans" (balanced k-means on the up- or gate-rows), "coactivation" (on which tokens
             of the first calibration batches activate a neuron) or "random" (a baseline).
@@ -60,7 +62,7 @@ class Config:
     rule_value: float | None = None
     shared_experts: int = 0
     router: str = "norms"
-    share_routers: bool = True
+    share_routers: bool = False
     router_patience: int = 0
     clustering: str = "kmeans"
     calibration_tokens: int = 65536

@@ -59,6 +59,7 @@ def layer(d: int = D) -> nn.Module:
 
 
 def converted(model: nn.Module, **given: Any) -> d2d.Conversion:
+    given = {"share_routers": True, **given}
     config = d2d.Config(expert_size=SIZE, router_width=R, router_epochs=3, **given)
     return d2d.convert(model, batches(), config, progress=False)
 
@@ -176,7 +177,7 @@ def test_one_kernel_a_site_takes_the_shared_layer_with_the_bits_of_its_own(inner
     if build.compiler() is not None:
         pytest.skip("needs a C++ compiler")
     wide, x = layer(512), batches(512)[0]
-    config = d2d.Config(expert_size=32, router_width=32, router_epochs=1)
+    config = d2d.Config(share_routers=True, expert_size=32, router_width=32, router_epochs=1)
     d2d.convert(wide, batches(512), config, progress=False)
     graphs: list[torch.fx.GraphModule] = []
     real = backend._inner
@@ -202,14 +203,14 @@ def test_the_shared_layer_is_left_out_where_no_site_reads_it() -> None:
     if build.compiler() is not None:
         pytest.skip("needs a C++ compiler")
     wide, x = layer(512), batches(512)[0].flatten(0, 1)
-    config = d2d.Config(expert_size=32, router_width=32, router_epochs=1)
+    config = d2d.Config(share_routers=True, expert_size=32, router_width=32, router_epochs=1)
     d2d.convert(wide, batches(512), config, progress=False)
     some = [state for state in states(wide) if state.site.name in QKV]
     made = some[0].layer(some, True, False)
     assert some[0].layer(some, True, False) is made
 
     def ran() -> Tensor:
-        out = torch.full((len(x), 32), torch.nan)
+        out = torch.zeros(len(x), 32)
         return router_hidden_cpu.run_out(x, made.record, 32, out=out)
 
     assert ran().isnan().all()

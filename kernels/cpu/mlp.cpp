@@ -127,14 +127,17 @@ int64_t d2d_run(const void* record, const void* x, void* y, int64_t elements) {
     return d2d_run_shared(record, x, nullptr, y, elements);
 }
 
-// relu(x router1^T) [rows, R], once for the sites that share it; nothing where none of them reads it. Only where
-// d2d_shareable says so.
+// relu(x router1^T) [rows, R], once for the sites that share it; where d2d_shareable says so. NaN where none of them
+// reads it: should tau change in between, NaN keeps every expert.
 int64_t d2d_hidden(const void* record, const void* x, const void*, void* y, int64_t elements) {
     const Site& site = *static_cast<const Site*>(record);
     const int64_t rows = elements / D, last = rows ? (rows - 1) % CHUNK + 1 : 0;  // rows of the smallest part
     bool wanted = false;
     for (int64_t i = 0; i < site.sharer_count; ++i) wanted |= routes(*site.sharers[i], last);
-    if (!wanted) return RAN;
+    if (!wanted) {
+        std::memset(y, 0xff, size_t(rows * R) * sizeof(element));
+        return RAN;
+    }
     const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
     Call call{site, static_cast<const element*>(x), nullptr, rows, false, {}, {}, nullptr};
     call.routed = static_cast<element*>(y);

@@ -4,7 +4,8 @@ x [..., D] fp32 or bf16, the dtype of the weights   h [..., R] in the same dtype
 record: [..] int64, what kernels read (kernels.native), of the `Layer` that it belongs to.
 
 dynamic_mlp takes h in the place of its own first layer, with the same bits. Where no block of a call reads
-scores, since all of them run every expert, kernels leave h unwritten. Inference only: it has no gradient.
+scores, since all of them run every expert, kernels fill h with NaN instead, which would keep every expert.
+Inference only: it has no gradient.
 Szatkowski et al. 2024, arXiv:2310.04361, section 3.3, of whose routers each has a layer of its own.
 """
 
