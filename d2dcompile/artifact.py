@@ -1,7 +1,8 @@
 """Save a conversion as a sidecar: `d2dmoe.json` + `d2dmoe.safetensors`, and no pickle.
 
 The JSON holds sites, plans, taus, the SHA-256 of the dense weights they belong to, a manifest with
-shape, dtype and SHA-256 of every tensor in the safetensors file (routers and permutations), and the
+shape, dtype and SHA-256 of every tensor in the safetensors file (routers and permutations; a first router
+layer that sites share once, the later ones naming the first site as their "router1"), and the
 SHA-256 of its own content, so that a flipped digit of a tau is noticed. `d2dcompile.reading` loads both.
 """
 
@@ -28,6 +29,7 @@ VERSION = 1
 JSON_NAME = "d2dmoe.json"
 TENSORS_NAME = "d2dmoe.safetensors"
 TENSORS = ("permutation", "router1", "router2")
+OWN = ("permutation", "router2")  # of a site with the first router layer of an earlier one
 KEYS = ("format", "version", "config", "dense", "sites", "tensors", "sha256")
 
 
@@ -38,8 +40,12 @@ def save(conversion: Conversion, folder: str | os.PathLike[str]) -> None:
     so that a crash leaves either the old pair or a pair whose hashes do not fit and is refused.
     """
     tensors: dict[str, Tensor] = {}
+    owners: dict[int, str] = {}  # of first router layers, which several sites may hold
+    sites = []
     for name, experts in conversion.experts.items():
-        for part in TENSORS:
+        owner = owners.setdefault(id(experts.router1), name)
+        sites.append(_site_json(experts) | ({} if owner == name else {"router1": owner}))
+        for part in TENSORS if owner == name else OWN:
             # A copy each, because safetensors refuses tensors that share memory.
             tensors[f"{name}.{part}"] = getattr(experts, part).detach().cpu().contiguous().clone()
     document: dict[str, Any] = {
@@ -47,7 +53,7 @@ def save(conversion: Conversion, folder: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "config": asdict(conversion.config),
         "dense": dict(conversion.dense),
-        "sites": [_site_json(experts) for experts in conversion.experts.values()],
+        "sites": sites,
         "tensors": {name: entry(tensor) for name, tensor in sorted(tensors.items())},
     }
     write_pair(folder, document, tensors, JSON_NAME, TENSORS_NAME)

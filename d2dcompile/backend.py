@@ -21,7 +21,7 @@ from torch._guards import TracingContext
 from torch.fx import GraphModule
 
 from .attachment import owner
-from .calling import Dispatching, Slot, operands_of
+from .calling import Dispatching, Part, Slot, operands_of
 from .capture import Captured, from_dynamo
 from .dumping import dump
 from .errors import D2DError, DenseFallbackWarning, NoConversionError
@@ -30,7 +30,7 @@ from .lowering import lower
 from .options import Options
 from .passes import Match
 from .reading import load
-from .rewriting import match, rewrite_captured, state_of
+from .rewriting import match, rewrite_captured, shared, state_of
 from .state import State
 
 log = logging.getLogger(__name__)
@@ -63,12 +63,16 @@ def backend(
             return _inner(gm, example_inputs, chosen, mode)
         forms = lower(converted, states, chosen.pack, chosen.int8, chosen.inner == "inductor")
         choices = {name: state.choice for name, state in states.items()}
-        rewritten = rewrite_captured(captured, converted, forms, choices)
+        shares = shared(converted, [states[m.site.name] for m in converted], forms)
+        rewritten = rewrite_captured(captured, converted, forms, choices, shares)
         dump("rewritten", rewritten.gm)
         slots = [
-            Slot.of(captured, m, forms[m.site.name], choices[m.site.name], chosen)
-            for m in converted
-        ]
+            Slot.of(
+                captured, m, forms[m.site.name], choices[m.site.name], chosen,
+                Part.of(shares, i),
+            )
+            for i, m in enumerate(converted)
+        ]  # fmt: skip
         extra = operands_of(slots, [states[m.site.name] for m in converted])
         inputs = [*example_inputs, *map(_of_fixed_shape, extra)]
         compiled = _inner(rewritten.gm, inputs, chosen, mode)

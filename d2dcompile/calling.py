@@ -22,8 +22,30 @@ from .errors import DenseFallbackWarning, NoConversionError, RuleError
 from .options import Options
 from .passes import Match
 from .passes.insert_moe import Choice, Form
+from .passes.share_routing import Shares
 from .rewriting import parameter_places
 from .state import State, meaning
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slot's part in sharing a first router layer in its graph.
+
+    Attributes:
+        leader: number of the slot whose layer it reads; None for its own.
+        led: numbers of the slots that read its layer, its own first; none if no other does.
+        width: features of its layer.
+    """
+
+    leader: int | None
+    led: tuple[int, ...]
+    width: int
+
+    @classmethod
+    def of(cls, shares: Shares, index: int) -> Part:
+        """The part of match number `index`."""
+        leader = shares.leaders[index] if shares.follows(index) else None
+        return cls(leader, shares.led(index), shares.widths[index])
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,7 @@ class Slot:
         form: whether one kernel runs it or several ops, which take other operands.
         choice: how experts are chosen in the graph; a site's own has to be the same.
         packs, int8: which copies of its weights a kernel may keep (see `Options`).
+        part: its part in sharing a first router layer.
     """
 
     places: Mapping[str, int]
@@ -45,15 +68,23 @@ class Slot:
     choice: Choice
     packs: bool
     int8: bool
+    part: Part
 
     @classmethod
     def of(
-        cls, captured: Captured, found: Match, form: Form, choice: Choice, options: Options
+        cls,
+        captured: Captured,
+        found: Match,
+        form: Form,
+        choice: Choice,
+        options: Options,
+        part: Part,
     ) -> Slot:
         """The slot of a converted match."""
         places = parameter_places(captured, found)
         computed = meaning(found.activation)
-        return cls(places, found.site.kind, computed, form, choice, options.pack, options.int8)
+        copies = options.pack, options.int8
+        return cls(places, found.site.kind, computed, form, choice, *copies, part)
 
     def state(self, args: Sequence[Any]) -> State | None:
         """The attached site that these arguments are the weights of, or None."""
@@ -63,17 +94,21 @@ class Slot:
             return None
         return state if state.owns(weights) else None
 
-    def operands(self, state: State) -> tuple[Tensor, ...]:
-        """The graph's operands for an attached site."""
+    def operands(self, state: State, states: Sequence[State]) -> tuple[Tensor, ...]:
+        """The graph's operands for an attached site, among those of all slots."""
+        copies = self.packs, self.int8
         if self.form == "record":
-            return (state.prepared(self.packs, self.int8).record,)
-        return state.operands(self.form)
+            record = state.prepared(*copies).record
+            sharers = [states[i] for i in self.part.led]
+            return (record, state.layer(sharers, *copies).record) if sharers else (record,)
+        operands = state.operands(self.form)
+        return operands if self.part.leader is None else operands[1:]  # all but router1
 
 
 def operands_of(slots: Sequence[Slot], states: Sequence[State]) -> list[Tensor]:
     """The operands of all slots, in the order that the compiled graph takes them."""
     pairs = zip(slots, states, strict=True)
-    return [operand for slot, state in pairs for operand in slot.operands(state)]
+    return [operand for slot, state in pairs for operand in slot.operands(state, states)]
 
 
 @dataclass(frozen=True)
@@ -162,6 +197,8 @@ class Dispatching:
             state = slot.state(weights)
             if state is None or self._chooses_otherwise(slot, state):
                 return None
+            if self._stands_alone(slot.part, state, found):
+                return None
             if not self._options.trainable:
                 state.check()
             found.append(state)
@@ -176,6 +213,22 @@ class Dispatching:
                 f"A graph compiled for {slot.choice} was called for site {state.site.name!r} with "
                 f"{state.choice}. Layers that share one compiled graph need one rule: set it with "
                 "set_rule(model, rule, value) for all of them, or compile them apart."
+            )
+        return True
+
+    def _stands_alone(self, part: Part, state: State, earlier: Sequence[State]) -> bool:
+        """Whether a site has another first router layer than the one this graph shares; as above."""
+        if part.leader is None:
+            return False
+        leader = earlier[part.leader]
+        if state.shares_with(leader) and state.experts.plan.router_width == part.width:
+            return False
+        if self._options.strict:
+            raise RuleError(
+                f"A graph compiled for sites that share a first router layer of {part.width} features "
+                f"was called for {leader.site.name!r} and {state.site.name!r}, which do not. Layers and "
+                "models that share one compiled graph need conversions with the same "
+                "Config.share_routers and router_width, or torch.compiler.reset() between them."
             )
         return True
 

@@ -41,6 +41,10 @@ class Config:
         router: what predicts the experts' scores: "norms" (trained on their output norms, the paper's),
             "classify" (trained on their activations, MoEfication's) or "centroid" (untrained: cosine to
             the mean up- or gate-row); see `d2dcompile.router`.
+        share_routers: whether projections that read the same x, such as the blocks that replaced Q, K and V,
+            get one first router layer, fitted for all of them together; not with "centroid". Saves a tenth
+            to a third of their time on CPUs, and costs quality at the same width: at tau .3 a mean IoU with
+            the exact choice of .750 instead of .789 in MiniLM.
         router_patience: epochs without a better validation after which a fit ends; 0 never ends early.
         clustering: "kmeans" (balanced k-means on the up- or gate-rows), "coactivation" (on which tokens
             of the first calibration batches activate a neuron) or "random" (a baseline).
@@ -58,6 +62,7 @@ class Config:
     rule_value: float | None = None
     shared_experts: int = 0
     router: str = "norms"
+    share_routers: bool = False
     router_patience: int = 0
     clustering: str = "kmeans"
     calibration_tokens: int = 65536
@@ -78,6 +83,10 @@ class Config:
             if getattr(self, name) not in known:
                 listed = " or ".join(map(repr, known))
                 raise ConfigError(f"Config.{name} is {getattr(self, name)!r}; expected {listed}.")
+        if not isinstance(self.share_routers, bool):
+            raise ConfigError(
+                f"Config.share_routers is {self.share_routers!r}; expected True or False."
+            )
         self._check_rule()
         for name in ("seed", "shared_experts", "router_patience"):
             value = getattr(self, name)
@@ -138,6 +147,10 @@ def _parse(variable: str, name: str, text: str) -> Any:
         return text
     if name in ("experts", "rule_value") and text.lower() == "none":
         return None
+    if name == "share_routers":
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ConfigError(f"{variable} is {text!r}; expected true or false.")
+        return text.lower() in ("true", "1")
     number = name in ("tau", "rule_value")
     try:
         return float(text) if number else int(text)

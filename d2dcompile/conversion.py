@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from .capture import unwrap
 from .config import Config
 from .ir import Conversion, Experts
 from .layout import hashes_of
-from .routers import make_router
+from .router import Router
+from .routers import make_routers
 from .rules import dense_value
 
 
@@ -42,19 +43,39 @@ def convert(
     with kept_on_error(model):
         detach(model)
         drafts, dense = calibrate(unwrap(model), batches, chosen, progress)
-        experts = {}
-        for index, draft in enumerate(tqdm(drafts, "routers", disable=not progress, unit="site")):
-            experts[draft.site.name] = _experts(unwrap(model), draft, chosen, index)
+        routers = _routers(drafts, chosen, progress)
+        experts = {
+            draft.site.name: _experts(unwrap(model), draft, chosen, router)
+            for draft, router in zip(drafts, routers, strict=True)
+        }
         conversion = Conversion(experts, dense, chosen)
         attach(model, conversion)
     return conversion
 
 
-def _experts(model: nn.Module, draft: Draft, config: Config, index: int) -> Experts:
-    """Fit one site's router and record what its weights are."""
-    x, targets = draft.sample.rows()
-    width, seed = draft.plan.router_width, config.seed + index
-    router = make_router(x, targets, draft.centroids, width, config, seed)
+def _routers(drafts: Sequence[Draft], config: Config, progress: bool) -> list[Router]:
+    """Fit each site's router, of sites that share their first layer together."""
+    groups: dict[str, list[int]] = {}
+    for index, draft in enumerate(drafts):
+        groups.setdefault(draft.group, []).append(index)
+    found: dict[int, Router] = {}
+    with tqdm(total=len(drafts), desc="routers", disable=not progress, unit="site") as bar:
+        for indices in groups.values():
+            some = [drafts[i] for i in indices]
+            made = make_routers(
+                [draft.sample.rows() for draft in some],
+                [draft.centroids for draft in some],
+                some[0].plan.router_width,
+                config,
+                config.seed + indices[0],
+            )
+            found.update(zip(indices, made, strict=True))
+            bar.update(len(indices))
+    return [found[index] for index in range(len(drafts))]
+
+
+def _experts(model: nn.Module, draft: Draft, config: Config, router: Router) -> Experts:
+    """Record one site's router and what its weights are."""
     value = config.tau if config.rule == "max" else config.rule_value
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {role: parameters[name] for role, name in draft.site.tensors.items()}

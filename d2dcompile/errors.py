@@ -46,7 +46,7 @@ class TauError(D2DError, ValueError):
 
 
 class RuleError(D2DError, ValueError):
-    """A selection rule is unknown or got an impossible number, or a graph runs sites by another rule."""
+    """A selection rule is unknown or its number impossible, or a graph routes sites in another way."""
 
 
 class BudgetError(D2DError, ValueError):

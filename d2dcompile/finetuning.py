@@ -24,7 +24,7 @@ from .layout import hashes_of, permuted, slabs
 from .probe import Graph, arguments, forget_compiled, probing
 from .rewriting import state_of
 from .router import Router, gram
-from .routers import make_router, targets_of
+from .routers import make_routers, targets_of
 from .sample import Sample
 from .state import Learning, State
 from .stepping import Clock
@@ -56,11 +56,14 @@ class Finetuning:
         self.conversion = conversion
         self.steps = 0
         self._sites = sites
+        firsts: dict[tuple[int, torch.device], nn.Parameter] = {}  # what sites share stays shared
         for state in sites:
             device = state.weight("down").device
-            first, second = (
-                nn.Parameter(w.detach().to(device, torch.float32, copy=True)) for w in state.routers
-            )
+            router1, router2 = state.routers
+            key = id(router1), device
+            if key not in firsts:
+                firsts[key] = _parameter(router1, device)
+            first, second = firsts[key], _parameter(router2, device)
             exponent = state.experts.stats.get("exponent", 1.0)
             state.release()
             state.learning = Learning(first, second, torch.tensor([*aims, exponent], device=device))
@@ -69,13 +72,17 @@ class Finetuning:
 
     @property
     def routers(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """{site name: (router1 [R, D], router2 [E, R])} fp32; empty after `close`."""
+        """{site name: (router1 [R, D], router2 [E, R])} fp32; empty after `close`.
+
+        Sites that share their first router layer hold one parameter router1.
+        """
         held = {s.site.name: s.learning for s in self._sites}
         return {name: (o.router1, o.router2) for name, o in held.items() if o is not None}
 
     def parameters(self) -> list[nn.Parameter]:
         """The routers, for an optimizer of one's own, with router_lr=None."""
-        return [parameter for pair in self.routers.values() for parameter in pair]
+        held = [parameter for pair in self.routers.values() for parameter in pair]
+        return list({id(parameter): parameter for parameter in held}.values())
 
     def close(self, batches: Iterable[Any] | None = None, refit: bool = False) -> Conversion:
         """End the training: record what weights and routers are now, and return the new conversion.
@@ -101,9 +108,13 @@ class Finetuning:
             )
         samples = self._samples(batches) if batches is not None else {}
         renewed = {}
-        for index, state in enumerate(self._sites):
-            sample = samples.get(state.site.name)
-            renewed[state.site.name] = self._recorded(state, sample, refit, index)
+        for index, group in self._groups():
+            named = [state.site.name for state in group]
+            found = self._routers(
+                group, [samples[n].rows() for n in named if n in samples], refit, index
+            )
+            for state, router in zip(group, found, strict=True):
+                renewed[state.site.name] = self._recorded(state, router)
         self._clock.stop()
         for state in self._sites:
             state.renew(renewed[state.site.name])
@@ -149,31 +160,52 @@ class Finetuning:
             )
         return observer.samples
 
-    def _recorded(self, state: State, sample: Sample | None, refit: bool, index: int) -> Experts:
-        """A site's experts with hashes of the weights, the router, and its figures, as they are now."""
-        router1, router2 = (w.detach().cpu().clone() for w in state.routers)
-        stats = dict(state.experts.stats)
-        stats = {k: v for k, v in stats.items() if k.partition("@")[0] not in STALE}
-        if sample is not None:
-            x, targets = sample.rows()
-            if refit:
-                config = self.conversion.config
-                width = state.experts.plan.router_width
-                router = make_router(x, targets, None, width, config, config.seed + index)
-                router1, router2, stats = router.w1, router.w2, dict(router.stats)
-            else:
-                routed = ~state.experts.shared
-                scores = Router(router1, router2[routed], {})(x)
+    def _groups(self) -> list[tuple[int, list[State]]]:
+        """The sites by the first router layer that they hold, with the number of the first of each."""
+        groups: dict[int, tuple[int, list[State]]] = {}
+        for index, state in enumerate(self._sites):
+            groups.setdefault(id(state.routers[0]), (index, []))[1].append(state)
+        return list(groups.values())
+
+    def _routers(
+        self, group: list[State], rows: list[tuple[Tensor, Tensor]], refit: bool, index: int
+    ) -> list[Router]:
+        """The routers of sites that share a first layer, as they are now or made anew, with their figures.
+
+        rows: x and targets of each site, or nothing.
+        """
+        if refit:
+            config, plan = self.conversion.config, group[0].experts.plan
+            nothing = [None] * len(group)
+            return make_routers(rows, nothing, plan.router_width, config, config.seed + index)
+        first, found = group[0].routers[0].detach().cpu().clone(), []
+        for i, state in enumerate(group):
+            known = state.experts.stats.items()
+            stats = {k: v for k, v in known if k.partition("@")[0] not in STALE}
+            router = Router(first, state.routers[1].detach().cpu().clone(), stats)
+            if rows:
+                (x, targets), routed = rows[i], ~state.experts.shared
+                scores = Router(first, router.w2[routed], {})(x)
                 goal = targets[:, routed].pow(stats.get("exponent", 1.0))
                 stats |= judge(scores, goal) | {"tokens": float(len(x))}
+            found.append(router)
+        return found
+
+    def _recorded(self, state: State, router: Router) -> Experts:
+        """A site's experts with this router and hashes of the weights as they are now."""
         weights = {role: state.weight(role).detach() for role in state.site.tensors}
         back = torch.argsort(state.experts.permutation)
         dense = {role: permuted(state.site, role, w, back) for role, w in weights.items()}
         hashes = hashes_of(state.site, dense, state.experts.permutation)
         return replace(
-            state.experts, router1=router1, router2=router2, hashes=hashes, stats=stats,
+            state.experts, router1=router.w1, router2=router.w2, hashes=hashes, stats=router.stats,
             rule=state.rule, tau=state.tau,
         )  # fmt: skip
+
+
+def _parameter(router: Tensor, device: torch.device) -> nn.Parameter:
+    """A copy that learns."""
+    return nn.Parameter(router.detach().to(device, torch.float32, copy=True))
 
 
 class _Targets:

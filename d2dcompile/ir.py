@@ -141,7 +141,8 @@ class Experts:
     Attributes:
         site, plan: what is converted, into how many experts.
         permutation: [H] int64; slot i of the expert order holds neuron permutation[i].
-        router1, router2: [R, D] and [E, R] fp32; scores = |relu(x router1^T) router2^T|.
+        router1, router2: [R, D] and [E, R] fp32; scores = |relu(x router1^T) router2^T|. Sites that
+            share their first layer hold the very same tensor router1.
         tau: default number of this site's rule: its threshold, 0..1, or k or p (see `kernels.gate`).
         hashes: per tensor of the site {"shape": [...], "dense": {dtype: sha256}, "permuted": ...},
             of the values before and after the permutation, as stored and as cast to other dtypes.

@@ -15,6 +15,7 @@ from .kernels import build, native
 from .kernels.device import has_triton
 from .kernels.dynamic_mlp import cpu
 from .kernels.expert_mlp.call import of_native
+from .kernels.router_hidden import cpu as router_hidden
 from .load import Load
 from .passes import Match
 from .passes.insert_moe import Form, operand_names
@@ -72,6 +73,7 @@ def lower(
         )
     if inductor and "record" in forms.values():
         cpu.lower()
+        router_hidden.lower()
     return forms
 
 

@@ -14,8 +14,9 @@ from .attachment import states
 from .capture import unwrap
 from .errors import CalibrationError, NoConversionError
 from .passes.insert_moe import Choice
+from .passes.share_routing import Shares
 from .probe import Graph, arguments, countable, flop_counter, insert_observer, probing
-from .rewriting import Rewritten, rewrite_captured, state_of
+from .rewriting import Rewritten, rewrite_captured, shared, state_of
 from .state import State
 
 
@@ -27,6 +28,9 @@ class SiteStats:
         executed: share of (token, expert) pairs that ran, 0..1.
         macs, dense_macs: multiply-adds with its router, and of the dense block.
         bytes, dense_bytes: weights read: slabs that some token of a call chose, and the router.
+
+    A first router layer that sites share counts for the first of them in the graph, in full, and for the
+    others not at all.
     """
 
     pairs: int = 0
@@ -86,6 +90,7 @@ class Measuring:
         self.flops = flops
         self.dense = False
         self._running: list[State] = []
+        self._shares = Shares((), ())
 
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
         """Run the graph as the backend would, uncompiled, and count its multiply-adds."""
@@ -97,10 +102,16 @@ class Measuring:
         for state in self._running:
             state.check()
         choices = tuple(state.choice for state in self._running)
+        self._shares = shared([graph.matches[i] for i in converted], self._running)
         rewritten: Rewritten = graph.variant(
-            (converted, choices), lambda: _counting(graph, converted, choices)
+            (converted, choices, self._shares),
+            lambda: _counting(graph, converted, choices, self._shares),
         )
-        extra = [tensor for state in self._running for tensor in state.operands()]
+        extra = [
+            tensor
+            for i, state in enumerate(self._running)
+            for tensor in state.operands()[int(self._shares.follows(i)) :]
+        ]
         if not self.flops:
             return rewritten.gm.forward(*args, *extra)
         with flop_counter() as counter:
@@ -118,7 +129,8 @@ class Measuring:
         rows, pairs = x.numel() // site.d_model, int(counts.sum())
         first = 2 if site.kind == "glu" else 1  # matrices before the activation
         slab = (first * site.d_model + site.d_out) * plan.expert_size
-        router = plan.router_width * (site.d_model + plan.experts)
+        first_layer = 0 if self._shares.follows(index) else site.d_model
+        router = plan.router_width * (first_layer + plan.experts)
         width = state.weight("down").element_size()
         stats = self.stats.sites.setdefault(site.name, SiteStats())
         macs, dense = pairs * slab + rows * router, rows * plan.experts * slab
@@ -132,11 +144,13 @@ class Measuring:
         self.stats.dense_macs += dense - macs
 
 
-def _counting(graph: Graph, converted: tuple[int, ...], choices: Sequence[Choice]) -> Rewritten:
+def _counting(
+    graph: Graph, converted: tuple[int, ...], choices: Sequence[Choice], shares: Shares
+) -> Rewritten:
     """The graph with its converted matches rewritten, handing x and offsets to the observer."""
     matches = [graph.matches[i] for i in converted]
     chosen = {found.site.name: choice for found, choice in zip(matches, choices, strict=True)}
-    rewritten = rewrite_captured(graph.captured, matches, choices=chosen)
+    rewritten = rewrite_captured(graph.captured, matches, choices=chosen, shares=shares)
     for index, inserted in enumerate(rewritten.inserted):
         x, graph_of = inserted.output.args[0], inserted.output.graph
         assert isinstance(x, Node) and inserted.offsets is not None

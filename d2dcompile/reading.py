@@ -45,8 +45,9 @@ def load(folder: str | os.PathLike[str]) -> Conversion:
     tensors = read_tensors(inside(Path(folder), TENSORS_NAME), document["tensors"])
     config, dense = config_of(document["config"]), dense_of(document["dense"])
     experts: dict[str, Experts] = {}
+    owners: dict[str, Experts] = {}
     for item in check_list(document["sites"], "sites"):
-        one = experts_of(item, tensors)
+        one = experts_of(item, tensors, owners)
         experts[one.site.name] = one
     if tensors:
         raise ArtifactError(f"{TENSORS_NAME} has tensors of no site: {', '.join(sorted(tensors))}.")

@@ -16,6 +16,7 @@ from .errors import ConversionMismatchError, NoConversionError
 from .ir import Conversion, Experts, Miss
 from .passes import Match, match_all, rules
 from .passes.insert_moe import Choice, Form, Inserted, insert_moe, operand_names
+from .passes.share_routing import Shares, same_inputs
 from .passes.verify import verify
 from .state import State, meaning
 
@@ -39,11 +40,13 @@ class Rewritten:
         gm: the graph; it takes the old inputs followed by each converted match's operands.
         matches: the converted matches, in the order of their operands.
         inserted: the nodes that replaced each of them.
+        shares: which of them share a first router layer.
     """
 
     gm: GraphModule
     matches: tuple[Match, ...]
     inserted: tuple[Inserted, ...]
+    shares: Shares
 
 
 def rewrite_captured(
@@ -51,50 +54,83 @@ def rewrite_captured(
     matches: Sequence[Match],
     forms: Mapping[str, Form] = NO_FORMS,
     choices: Mapping[str, Choice] = NO_CHOICES,
+    shares: Shares | None = None,
 ) -> Rewritten:
     """Replace the given matches in a copy of the graph, operands as placeholders after all others.
 
     forms: what stands for each site, by name; separate ops where it is not said. choices: how its experts
-    are chosen, by name; by the router and the rule "max" where it is not said.
+    are chosen, by name; by the router and the rule "max" where it is not said. shares: what `shared` says
+    of the matches; without it none shares its router's first layer.
     """
+    alone = Shares(tuple(range(len(matches))), (0,) * len(matches))
+    shares = alone if shares is None else shares
 
     def placeholders(gm: GraphModule, index: int, found: Match) -> dict[str, Node]:
         operands: dict[str, Node] = {}
-        for name in operand_names(found.site, forms.get(found.site.name, "ops")):
+        form = forms.get(found.site.name, "ops")
+        part = shares.follows(index), bool(shares.led(index))
+        for name in operand_names(found.site, form, *part):
             operands[name] = add_placeholder(gm.graph, f"d2d_{index}_{name}")
         return operands
 
-    gm, inserted = _replaced(captured, matches, placeholders, forms, choices)
+    gm, inserted = _replaced(captured, matches, placeholders, shares, forms, choices)
     verify(gm, len(matches))
-    return Rewritten(gm, tuple(matches), tuple(inserted[id(found)] for found in matches))
+    return Rewritten(gm, tuple(matches), inserted, shares)
+
+
+def shared(
+    matches: Sequence[Match], states: Sequence[State], forms: Mapping[str, Form] = NO_FORMS
+) -> Shares:
+    """Which matches share a first router layer in a graph: those that read one x and hold one router1.
+
+    Both have to have one form, and one in which that layer stands by itself: the form "routed" has none
+    (its kernels read x once for both layers), the form "record" where rows need no padding.
+    """
+    kinds = [forms.get(found.site.name, "ops") for found in matches]
+
+    def alike(first: int, later: int) -> bool:
+        if kinds[first] != kinds[later] or not states[later].shares_with(states[first]):
+            return False
+        if kinds[later] == "record":
+            return states[first].shareable and states[later].shareable
+        if kinds[later] == "routed":
+            name = matches[later].site.name
+            log.info("site %s routes by itself: its Triton kernel computes both layers", name)
+        return kinds[later] != "routed"
+
+    widths = tuple(state.experts.plan.router_width for state in states)
+    return Shares(same_inputs(matches, alike), widths)
 
 
 def _replaced(
     captured: Captured,
     matches: Sequence[Match],
     operands_of: Callable[[GraphModule, int, Match], dict[str, Node]],
+    shares: Shares,
     forms: Mapping[str, Form] = NO_FORMS,
     choices: Mapping[str, Choice] = NO_CHOICES,
-) -> tuple[GraphModule, dict[int, Inserted]]:
-    """A copy of the graph with matches replaced, also in its bodies; what was inserted by match.
+) -> tuple[GraphModule, tuple[Inserted, ...]]:
+    """A copy of the graph with matches replaced, also in its bodies; what was inserted for each match.
 
-    operands_of: makes the operand nodes of match number i at the start of the copied graph.
+    operands_of: makes the operand nodes of match number i at the start of the copied graph. shares: see
+    `shared`.
     """
     copies = captured.copies()
     gm = copies[id(captured)][0]
-    inserted: dict[int, Inserted] = {}
+    inserted: list[Inserted] = []
     for i, found in enumerate(matches):
         operands = operands_of(gm, i, found)
         for body in _path(captured, found):
             operands = _passed(body, copies, operands)
         own, where = copies[id(found.captured)]
         form, choice = forms.get(found.site.name, "ops"), choices.get(found.site.name, Choice())
-        inserted[id(found)] = insert_moe(
-            own.graph, found, operands, where.__getitem__, form, choice
-        )
+        hidden = inserted[shares.leaders[i]].hidden if shares.follows(i) else None
+        at, width = where.__getitem__, shares.widths[i]
+        done = insert_moe(own.graph, found, operands, at, form, choice, hidden, width)
+        inserted.append(done)
     for copied, _ in copies.values():
         copied.recompile()
-    return gm, inserted
+    return gm, tuple(inserted)
 
 
 def _path(captured: Captured, found: Match) -> list[Body]:
@@ -169,15 +205,20 @@ def rewrite(
             "model's weights, or make one with convert(model, batches)."
         )
 
+    found_in = [found for found, _ in pairs]
+    shares = shared(found_in, [state for _, state in pairs])
+
     def buffers(gm: GraphModule, index: int, found: Match) -> dict[str, Node]:
         state, operands = pairs[index][1], {}
-        for name, value in zip(operand_names(state.site), state.operands(), strict=True):
+        values = dict(zip(operand_names(state.site), state.operands(), strict=True))
+        for name in operand_names(state.site, follows=shares.follows(index)):
+            value = values[name]
             with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
                 operands[name] = _constant(gm, state, name, value)
         return operands
 
     choices = {found.site.name: state.choice for found, state in pairs}
-    gm, _ = _replaced(captured, [found for found, _ in pairs], buffers, choices=choices)
+    gm, _ = _replaced(captured, found_in, buffers, shares, choices=choices)
     verify(gm, len(pairs))
     return gm
 

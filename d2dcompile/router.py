@@ -22,25 +22,21 @@ which is a monotone map of the logit: the order, and the loss at its best, are t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .errors import CalibrationError
+from .fitting import Data, cross_entropy, raw, relative_loss, train
 from .judging import judge
 
 LEVEL = 0.25  # relative target that the median pair is moved to; .12 to .35 in MiniLM's layers
 EXPONENTS = (0.5, 2.0)  # bounds of the power; MiniLM takes .65 to 1.33 with 48 experts
-LEARNING_RATE = 5e-3  # Adam, warmed up, then a cosine to zero; 2e-3 was worse on MiniLM
-STEPS_PER_EPOCH = 64  # batches are chosen for it, between 32 and 1024 tokens
-HUBER = 0.1  # relative errors above it count linearly
 HELD_OUT = 16  # every 16th block of BLOCK tokens validates: neighbours share a text
 BLOCK = 128
-CHECKS = 10  # validations during a fit; the best one is kept
 CERTAIN = 0.999  # largest target of a classifier, whose score would be infinite at 1
 CHUNK = 1 << 24  # elements of temporaries: 64 MiB
 
@@ -60,7 +56,7 @@ class Router:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Scores [..., E] fp32 of tokens x [..., D]; never negative."""
-        return _raw(x.to(self.w1.dtype), self.w1, self.w2).abs()
+        return raw(x.to(self.w1.dtype), self.w1, self.w2).abs()
 
 
 def gram(w_down: Tensor) -> Tensor:
@@ -116,26 +112,68 @@ def fit_router(
     Memory beyond the arguments: one fp32 copy of the targets. Raises CalibrationError for data that
     is empty, not finite or does not match.
     """
-    _check(x, targets, width, epochs, level)
+    (found,) = fit_routers(
+        [(x, targets)],
+        width=width, seed=seed, epochs=epochs, level=level, patience=patience, classify=classify,
+        progress=progress,
+    )  # fmt: skip
+    return found
+
+
+def fit_routers(
+    sites: Sequence[tuple[Tensor, Tensor]],
+    *,
+    width: int = 128,
+    seed: int = 0,
+    epochs: int = 30,
+    level: float | None = LEVEL,
+    patience: int = 0,
+    classify: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Router]:
+    """Routers of several sites with one first layer, the very same tensor w1, fitted to all together.
+
+    sites: x [T, D] and targets [T, E] of each, as for `fit_router`; D has to be the same, T and E may
+    differ. Every site's loss has the same weight. Of one site it is `fit_router`. The best validation is
+    that of the mean loss. Raises CalibrationError as `fit_router`, and for another D.
+    """
+    for x, targets in sites:
+        _check(x, targets, width, epochs, level)
+    if len({x.shape[1] for x, _ in sites}) != 1:
+        raise CalibrationError(
+            f"The sites' tokens have {[x.shape[1] for x, _ in sites]} features; expected one number for "
+            "sites that share a router's first layer."
+        )
+    first = sites[0][0]
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast(x.device.type, enabled=False),
+        torch.autocast(first.device.type, enabled=False),
     ):
-        exponent = 1.0 if level is None or classify else _exponent(targets, level)
-        goal = targets.detach().float().pow(exponent)
-        if classify:
-            goal = -torch.log1p(-CERTAIN * goal / goal.max().clamp_min(1e-30))
-        fitted, held = _split(len(x), x.device)
-        scale_in, scale_out = _scales(x, goal)
-        goal /= scale_out
-        loss = partial(_cross_entropy, scale_out) if classify else _loss
-        data = _Data(x.detach(), goal, scale_in, fitted, held, loss)
-        w1, w2, stats = _train(data, width, seed, epochs, patience, progress)
-        router = Router((w1 / scale_in).contiguous(), w2 * scale_out, {})
-        stats |= {"exponent": exponent, "tokens": float(len(x))}
-        stats |= validated(router, x, goal.mul_(scale_out))
-    return Router(router.w1, router.w2, stats)
+        data, scales, exponents = [], [], []
+        scale_in = _scale_in([x for x, _ in sites])
+        for x, targets in sites:
+            exponent = 1.0 if level is None or classify else _exponent(targets, level)
+            goal = targets.detach().float().pow(exponent)
+            if classify:
+                goal = -torch.log1p(-CERTAIN * goal / goal.max().clamp_min(1e-30))
+            fitted, held = _split(len(x), x.device)
+            scale = goal.mean().clamp_min(1e-30)
+            goal /= scale
+            loss = partial(cross_entropy, scale) if classify else relative_loss
+            data.append(Data(x.detach(), goal, scale_in, fitted, held, loss))
+            scales.append(scale)
+            exponents.append(exponent)
+        found = train(data, width, seed, epochs, patience, progress)
+        w1, routers = (found.w1 / scale_in).contiguous(), []
+        for i, one in enumerate(data):
+            stats = {"loss": found.losses[i], "epoch": float(found.epoch)}
+            stats |= {"epochs": float(found.epochs), "exponent": exponents[i]}
+            stats["tokens"] = float(len(one.x))
+            router = Router(w1, found.w2[i] * scales[i], stats)
+            stats |= validated(router, one.x, one.goal.mul_(scales[i]))
+            routers.append(router)
+    return routers
 
 
 def validated(router: Router, x: Tensor, goal: Tensor) -> dict[str, float]:
@@ -143,99 +181,6 @@ def validated(router: Router, x: Tensor, goal: Tensor) -> dict[str, float]:
     _, held = _split(len(x), x.device)
     held = held[: max(1, CHUNK // (x.shape[1] + 4 * goal.shape[1]))]
     return judge(router(x[held]), goal[held].float())
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Tokens, scaled targets, the scale of each input feature, which rows fit or validate, and the loss."""
-
-    x: Tensor
-    goal: Tensor
-    scale: Tensor
-    fitted: Tensor
-    held: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
-
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x[index].float() / self.scale, self.goal[index]
-
-
-def _train(
-    data: _Data,
-    width: int,
-    seed: int,
-    epochs: int,
-    patience: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Adam on minibatches; the weights of the best validation, its loss and epoch, and epochs run."""
-    generator = torch.Generator().manual_seed(seed)
-    w1, w2 = _start(data, width, generator)
-    optimizer = torch.optim.Adam([w1, w2], lr=LEARNING_RATE, betas=(0.9, 0.98))
-    batch = min(1024, max(32, len(data.fitted) // STEPS_PER_EPOCH))
-    steps = epochs * math.ceil(len(data.fitted) / batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    best = (w1.detach().clone(), w2.detach().clone(), _validate(data, w1, w2), 0)
-    done = 0
-    for epoch in range(epochs):
-        order = torch.randperm(len(data.fitted), generator=generator)
-        for index in torch.split(order.to(data.x.device), batch):
-            x, goal = data.rows(data.fitted[index])
-            optimizer.zero_grad()
-            torch.autograd.backward(data.loss(_raw(x, w1, w2), goal))
-            optimizer.step()
-            schedule.step()
-        if epoch % math.ceil(epochs / CHECKS) == 0 or epoch == epochs - 1:
-            loss = _validate(data, w1, w2)
-            if loss < best[2]:
-                best = (w1.detach().clone(), w2.detach().clone(), loss, epoch + 1)
-        done = epoch + 1
-        if progress is not None:
-            progress(done, epochs)
-        if patience and done - best[3] >= patience:
-            break
-    figures = {"loss": best[2], "epoch": float(best[3]), "epochs": float(done)}
-    return best[0], best[1], figures
-
-
-def _start(data: _Data, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random first layer; second layer by ridge regression on its features."""
-    features = data.x.shape[1]
-    w1 = torch.randn(width, features, generator=generator).to(data.x.device) / math.sqrt(features)
-    x, goal = data.rows(data.fitted[:: max(1, len(data.fitted) // 16384)])
-    hidden = (x @ w1.T).relu()
-    normal = hidden.T @ hidden
-    ridge = 1e-2 * normal.diagonal().mean() + 1e-6
-    normal += ridge * torch.eye(width, device=normal.device)
-    w2 = torch.linalg.solve(normal, hidden.T @ goal).T.contiguous()
-    return w1.requires_grad_(), w2.requires_grad_()
-
-
-def _raw(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    return (x @ w1.T).relu() @ w2.T
-
-
-def _loss(raw: Tensor, goal: Tensor) -> Tensor:
-    """Huber loss of the error relative to the largest target of each row."""
-    error = (raw - goal) / goal.amax(1, keepdim=True).clamp_min(1e-3)
-    return functional.smooth_l1_loss(error, torch.zeros_like(error), beta=HUBER)
-
-
-def _cross_entropy(scale: Tensor, raw: Tensor, goal: Tensor) -> Tensor:
-    """Binary cross-entropy of the logits whose softplus the scores are, both in units of `scale`."""
-    score, y = raw.abs() * scale + 1e-6, -torch.expm1(-goal * scale)
-    return ((1 - y) * score - y * torch.log(-torch.expm1(-score))).mean()
-
-
-@torch.no_grad()
-def _validate(data: _Data, w1: Tensor, w2: Tensor) -> float:
-    x, goal = data.rows(data.held[:: max(1, len(data.held) // 8192)])
-    return data.loss(_raw(x, w1, w2), goal).item()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate: a linear warm-up over a thirtieth, then half a cosine."""
-    return min(1.0, 30 * (step + 1) / steps) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def _exponent(targets: Tensor, level: float) -> float:
@@ -257,12 +202,15 @@ def _split(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return (index[~held], index[held]) if tokens >= 2 * HELD_OUT else (index, index)
 
 
-def _scales(x: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-    """Root mean square of each input feature [D], mean of the targets []; never zero."""
-    sample = x.detach()[:: max(1, len(x) // 16384)].float()
-    squares = sample.square().mean(0)
-    floor = 1e-6 * squares.mean() + 1e-30  # a feature that is always zero stays small
-    return (squares + floor).sqrt(), goal.mean().clamp_min(1e-30)
+def _scale_in(sites: Sequence[Tensor]) -> Tensor:
+    """Root mean square of each input feature [D], the mean over the sites; never zero."""
+    squares = []
+    for x in sites:
+        sample = x.detach()[:: max(1, len(x) // 16384)].float()
+        squares.append(sample.square().mean(0))
+    mean = torch.stack(squares).mean(0)
+    floor = 1e-6 * mean.mean() + 1e-30  # a feature that is always zero stays small
+    return (mean + floor).sqrt()
 
 
 def _check(x: Tensor, targets: Tensor, width: int, epochs: int, level: float | None) -> None:

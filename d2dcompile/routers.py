@@ -13,11 +13,13 @@ if they were not there; theirs is a row of NaN in the second layer, which the ga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .config import Config
-from .router import Router, expert_norms, fit_router, validated
+from .router import Router, expert_norms, fit_routers, validated
 
 
 def targets_of(kind: str, hidden: Tensor, gram: Tensor) -> Tensor:
@@ -27,36 +29,49 @@ def targets_of(kind: str, hidden: Tensor, gram: Tensor) -> Tensor:
     return expert_norms(hidden, gram)
 
 
-def make_router(
-    x: Tensor, targets: Tensor, centroids: Tensor | None, width: int, config: Config, seed: int
-) -> Router:
-    """The router of one site, from its tokens x [T, D] and their targets [T, E]; shared experts as NaN.
+def make_routers(
+    samples: Sequence[tuple[Tensor, Tensor]],
+    centroids: Sequence[Tensor | None],
+    width: int,
+    config: Config,
+    seed: int,
+) -> list[Router]:
+    """The routers of sites that share their first layer, or of one site; shared experts as NaN.
 
-    centroids [E, D]: mean up- or gate-rows, for "centroid". Raises CalibrationError as `fit_router` does.
+    samples: per site its tokens x [T, D] and their targets [T, E]; centroids: per site [E, D], mean up- or
+    gate-rows, for "centroid". Raises CalibrationError as `fit_routers` does.
     """
-    experts = targets.shape[1]
-    shared = targets.float().mean(0).topk(config.shared_experts).indices
-    routed = torch.ones(experts, dtype=torch.bool, device=targets.device).index_fill(
-        0, shared, False
-    )
-    goal = targets if not config.shared_experts else targets[:, routed]
-    if centroids is None:
-        found = fit_router(
-            x,
-            goal,
+    routed, wanted = [], []
+    for x, targets in samples:
+        ones = torch.ones(targets.shape[1], dtype=torch.bool, device=targets.device)
+        most = targets.float().mean(0).topk(config.shared_experts).indices
+        routed.append(ones.index_fill(0, most, False))
+        wanted.append((x, targets[:, routed[-1]] if config.shared_experts else targets))
+    if config.router == "centroid":
+        found = [
+            _by_centroids(x, goal, c.to(x.device), kept)
+            for (x, goal), c, kept in zip(wanted, centroids, routed, strict=True)
+            if c is not None
+        ]
+    else:
+        found = fit_routers(
+            wanted,
             width=width,
             seed=seed,
             epochs=config.router_epochs,
             patience=config.router_patience,
             classify=config.router == "classify",
         )
-    else:
-        found = _by_centroids(x, goal, centroids.to(x.device), routed)
     if not config.shared_experts:
         return found
-    w2 = found.w2.new_full((experts, found.w2.shape[1]), torch.nan)
-    w2[routed] = found.w2
-    return Router(found.w1, w2, found.stats)
+    return [_filled(router, kept) for router, kept in zip(found, routed, strict=True)]
+
+
+def _filled(router: Router, routed: Tensor) -> Router:
+    """A router of the routed experts with rows of NaN for the others."""
+    w2 = router.w2.new_full((len(routed), router.w2.shape[1]), torch.nan)
+    w2[routed] = router.w2
+    return Router(router.w1, w2, router.stats)
 
 
 def _by_centroids(x: Tensor, goal: Tensor, centroids: Tensor, routed: Tensor) -> Router:

@@ -7,7 +7,7 @@ takes is prepared once, and both anew when a cheap fingerprint of the weights ha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,8 @@ from .kernels import native
 from .kernels.dynamic_mlp import Prepared, cpu
 from .kernels.expert_mlp.gpu import EXPECTED
 from .kernels.gate import tau_bits
+from .kernels.router_hidden import Layer
+from .kernels.router_hidden.cpu import shareable
 from .layout import digest, slabs
 from .passes.insert_moe import Choice, Form, operand_names
 from .rules import NUMBERS, sparsity_of, value_at
@@ -57,6 +59,7 @@ class State:
         self.meaning = meaning(experts.site.activation)
         self.applied: float | None = None  # the tau option that a backend has set already
         self._prepared: dict[tuple[bool, bool], tuple[Any, Prepared]] = {}
+        self._layers: dict[tuple[int, ...], Layer] = {}
         self.forced: Tensor | None = None  # see force_masks
         self.schedule = Schedule()
         self.learning: Learning | None = None  # see d2dcompile.finetuning
@@ -89,6 +92,16 @@ class State:
     def owns(self, weights: Mapping[str, Any]) -> bool:
         """Whether these are the very parameters the site was attached to, by role."""
         return all(ref() is weights.get(role) for role, ref in self._weights.items())
+
+    def shares_with(self, other: State) -> bool:
+        """Whether one first router layer serves both sites: one tensor, used on one device in one dtype."""
+        own, others = self.weight("down"), other.weight("down")
+        return (
+            self.routers[0] is other.routers[0]
+            and (own.device, own.dtype) == (others.device, others.dtype)
+            and self.exact is None
+            and other.exact is None
+        )
 
     @property
     def choice(self) -> Choice:
@@ -226,6 +239,20 @@ class State:
             self.steer()
         return held[1]
 
+    @property
+    def shareable(self) -> bool:
+        """Whether the kernels of this site read a shared first router layer."""
+        return shareable(native.spec_of(self.experts, self.weight("down").dtype))
+
+    def layer(self, sharers: Sequence[State], packs: bool, int8: bool) -> Layer:
+        """The first router layer that these sites share, this one first, as a kernel takes it."""
+        key = (*map(id, sharers), packs, int8)
+        blocks = [state.prepared(packs, int8) for state in sharers]
+        held = self._layers.get(key)
+        if held is None or any(a is not b for a, b in zip(held.blocks, blocks, strict=True)):
+            held = self._layers[key] = Layer(blocks)
+        return held
+
     def expected_share(self) -> float:
         """The executed share to expect at the present tau: of the forced masks, or as calibrated."""
         if self.forced is not None:
@@ -277,6 +304,7 @@ class State:
         """Drop what was made for kernels: records and packed copies."""
         self._expect(None)
         self._prepared.clear()
+        self._layers.clear()
         self._cache.clear()
 
     @property

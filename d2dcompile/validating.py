@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artifact import JSON_NAME, TENSORS, TENSORS_NAME
+from .artifact import JSON_NAME, OWN, TENSORS, TENSORS_NAME
 from .config import Config, check_tau
 from .errors import ArtifactError, D2DError
 from .expr import function, parse
@@ -34,6 +34,7 @@ def config_of(value: Any) -> Config:
     given = check_object(value, "config")
     if given.keys().isdisjoint(later):  # an older file, which lacks all of them
         given = given | {f.name: f.default for f in fields(Config) if f.name in later}
+    given = {"share_routers": False, **given}  # nor was there anything to share before
     check_keys(given, tuple(field.name for field in fields(Config)), "config")
     try:
         check_tau(given["tau"])
@@ -50,10 +51,13 @@ def dense_of(value: Any) -> dict[str, str]:
     return dense
 
 
-def experts_of(item: Any, tensors: dict[str, Tensor]) -> Experts:
-    """One site's experts from its JSON, taking its tensors out of the mapping."""
-    item = {"rule": "max", **check_object(item, "a site")}
-    check_keys(item, ("site", "plan", "tau", "rule", "hashes", "stats"), "a site")
+def experts_of(item: Any, tensors: dict[str, Tensor], owners: dict[str, Experts]) -> Experts:
+    """One site's experts from its JSON, taking its tensors out of the mapping.
+
+    owners: earlier sites with a first router layer of their own, by name, to which this one is added.
+    """
+    item = {"rule": "max", "router1": None, **check_object(item, "a site")}
+    check_keys(item, ("site", "plan", "tau", "rule", "router1", "hashes", "stats"), "a site")
     site = _site(item["site"])
     plan = check_object(item["plan"], "plan")
     check_keys(plan, ("experts", "expert_size", "router_width"), f"the plan of {site.name}")
@@ -69,17 +73,28 @@ def experts_of(item: Any, tensors: dict[str, Tensor]) -> Experts:
         tau = check_value(rule, item["tau"])
     except D2DError as error:
         raise ArtifactError(f"{JSON_NAME}: site {site.name!r}: {error}") from None
-    missing = [part for part in TENSORS if f"{site.name}.{part}" not in tensors]
+    owner = item["router1"]
+    if owner is not None and (not isinstance(owner, str) or owner not in owners):
+        raise ArtifactError(
+            f"{JSON_NAME}: the router1 of {site.name!r} is that of {owner!r}; expected an earlier site with "
+            "one of its own."
+        )
+    own = TENSORS if owner is None else OWN
+    missing = [part for part in own if f"{site.name}.{part}" not in tensors]
     if missing:
         raise ArtifactError(
             f"{TENSORS_NAME} lacks {', '.join(missing)} of site {site.name!r}, or it occurs twice."
         )
-    parts = {part: tensors.pop(f"{site.name}.{part}") for part in TENSORS}
+    parts = {part: tensors.pop(f"{site.name}.{part}") for part in own}
+    if owner is not None:
+        parts["router1"] = owners[owner].router1
     experts = Experts(
         site, Plan(**plan), tau=tau, rule=rule, hashes=_hashes(item["hashes"], site), stats=stats,
         **parts,
     )  # fmt: skip
     _check(experts)
+    if owner is None:
+        owners[site.name] = experts
     return experts
 
 

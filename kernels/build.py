@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 CALL = """
 #include <cstdint>
 #include <stdexcept>
-extern "C" void kernel(const int64_t* record, const void* x, void* y, int64_t elements) {
-    typedef int64_t (*run)(const void*, const void*, void*, int64_t);
-    if (!record[0] || reinterpret_cast<run>(record[0])(record, x, y, elements)) {
+extern "C" void kernel(const int64_t* record, const void* x, HIDDEN void* y, int64_t elements) {
+    typedef int64_t (*run)(const void*, const void*, const void*, void*, int64_t);
+    if (!record[0] || reinterpret_cast<run>(record[0])(record, x, hidden, y, elements)) {
         throw std::runtime_error("d2d: the kernel needs attention");
     }
 }
@@ -113,33 +113,43 @@ def load_all(sources: Iterable[str], progress: bool = False) -> None:
             pass
 
 
-@lru_cache(maxsize=1)
-def call() -> Callable[[Any, Any, Any, int], None] | None:
+@lru_cache(maxsize=2)
+def call(given: bool = False) -> Callable[..., None] | None:
     """A function (record, x, y, elements) that runs a record's kernel; None where it cannot be built.
 
-    record: int64 tensor whose first entry is the address of the kernel. Raises RuntimeError if the
-    kernel asks for attention. A call costs about half a microsecond, a tenth of a custom op in Python.
+    record: int64 tensor whose first entry is the address of the kernel. given: whether it takes (record, x,
+    hidden, y, elements), a shared router layer's output among them. Raises RuntimeError if the kernel asks
+    for attention. A call costs about half a microsecond, a tenth of a custom op in Python.
     """
     if compiler() is not None:
         return None
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    types = ["const int64_t*", "const void*", "void*", "int64_t"]
+    hidden = ["const void*"] if given else []
+    types = ["const int64_t*", "const void*", *hidden, "void*", "int64_t"]
+    parameter = "const void* hidden," if given else ""
+    text = CALL.replace("HIDDEN", parameter)
+    if not given:
+        text = text.replace("x, hidden, y", "x, nullptr, y")
     try:
-        found: Callable[[Any, Any, Any, int], None] = CppPythonBindingsCodeCache.load_pybinding(
-            types, CALL
-        )
+        found: Callable[..., None] = CppPythonBindingsCodeCache.load_pybinding(types, text)
     except Exception as error:
         _warn(f"the C++ compiler failed ({type(error).__name__})")
         return None
     return found
 
 
-def lower_to_out(overload: Any, name: str, run: Callable[..., Any]) -> None:
+def lower_to_out(
+    overload: Any,
+    name: str,
+    run: Callable[..., Any],
+    run_given: Callable[..., Any] | None = None,
+) -> None:
     """Let Inductor compile an op (x, record, width) to the direct call `run(x, record, width, out=buffer)`.
 
-    overload: the op, whose output has x's leading sizes, `width` columns and x's dtype, contiguous.
-    With Inductor's C++ wrapper the op is called as any other.
+    overload: the op, whose output has x's leading sizes, `width` columns and x's dtype, contiguous. Where it
+    has a further argument hidden, the call is `run_given(x, record, hidden, width, out=buffer)`. With
+    Inductor's C++ wrapper the op is called as any other.
     """
     from torch._inductor import ir
     from torch._inductor.lowering import fallback_handler, register_lowering
@@ -147,18 +157,20 @@ def lower_to_out(overload: Any, name: str, run: Callable[..., Any]) -> None:
     from torch._inductor.virtualized import V
 
     setattr(extern_kernels, name, run)
+    setattr(extern_kernels, f"{name}_given", run_given)
     plain = fallback_handler(  # type: ignore[no-untyped-call]
         overload, add_to_fallback_set=False
     )
 
     @register_lowering(overload, type_promotion_kind=None)
-    def _(x: Any, record: Any, width: int) -> Any:
+    def _(x: Any, record: Any, width: int, *hidden: Any) -> Any:
         if V.graph.cpp_wrapper:
-            return plain(x, record, width)
-        rows, table = (
+            return plain(x, record, width, *hidden)
+        given = [h for h in hidden if h is not None]
+        inputs = [
             ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t))
-            for t in (x, record)
-        )
+            for t in (x, record, *given)
+        ]
         size = [*x.get_size()[:-1], width]
         layout = ir.FixedLayout(
             x.get_device(), x.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
@@ -166,9 +178,9 @@ def lower_to_out(overload: Any, name: str, run: Callable[..., Any]) -> None:
         return ir.TensorBox.create(
             ir.ExternKernelOut(
                 layout=layout,
-                inputs=[rows, table],
+                inputs=inputs,
                 constant_args=[width],
-                python_kernel_name=f"extern_kernels.{name}",
+                python_kernel_name=f"extern_kernels.{name}" + ("_given" if given else ""),
                 op_overload=overload,
             )
         )

@@ -27,7 +27,7 @@ FIELDS = (  # of struct Site in kernels/cpu/site.h, in order
     *("run", "id", "up", "gate", "down", "up_stride", "gate_stride", "down_stride"),
     *("b_up", "b_gate", "b_down", "router", "packed", "tau", "forced", "forced_rows"),
     *("scalars", "decode", "packs", "fused_rows", "near", "far", "dense_rows"),
-    *("quantised", "quantises"),
+    *("quantised", "quantises", "sharers", "sharer_count"),
 )
 RAN, NO_MEMORY, WANTS_PACKED, WANTS_INT8 = range(4)  # enum Status of kernels/cpu/site.h
 SLABS = ("w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down")  # slabs and biases
@@ -142,6 +142,7 @@ def library(spec: Spec) -> ctypes.CDLL | None:
     if found is not None:
         found.d2d_lanes.restype = ctypes.c_int64
         found.d2d_run.restype = found.d2d_run_lists.restype = ctypes.c_int64
+        found.d2d_shareable.restype = ctypes.c_int64
     return found
 
 

@@ -5,7 +5,8 @@
 
 or with the first line as one op, lists = route(x, router1, router2, tau), which GPU kernels run at once,
 or all of it as one, y = dynamic_mlp(x, record), on CPUs. Where routers learn, the first form reads
-x.detach() and ends in y = credit(y, scores, ...). The only pass that edits a graph.
+x.detach() and ends in y = credit(y, scores, ...). Sites that share their first router layer share the
+node of relu(x router1^T), which the first of them inserts. The only pass that edits a graph.
 Operands (slabs, router, tau, or the record of them) are nodes made by the caller: trailing placeholders
 for the backend, attributes for programmatic rewriting.
 """
@@ -31,6 +32,7 @@ from ..kernels.expert_mlp import expert_mlp
 from ..kernels.gate import gate
 from ..kernels.native import SLABS
 from ..kernels.route import route
+from ..kernels.router_hidden import router_hidden
 from .base import Match
 from .halves import SPLITS
 from .linear import Linear
@@ -60,19 +62,30 @@ _SHAPE_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "Size")
 
 @dataclass(frozen=True)
 class Inserted:
-    """The nodes of one inserted mixture of experts: output, and offsets of its lists where it has some."""
+    """The nodes of one inserted mixture of experts.
+
+    Attributes:
+        output: its output.
+        offsets: of its lists, where it has some.
+        hidden: relu(x router1^T) where that is a node, for later sites to share.
+    """
 
     output: Node
     offsets: Node | None = None
+    hidden: Node | None = None
 
 
-def operand_names(site: Site, form: Form = "ops") -> tuple[str, ...]:
+def operand_names(
+    site: Site, form: Form = "ops", follows: bool = False, leads: bool = False
+) -> tuple[str, ...]:
     """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs.
 
-    The form "record" takes a record only, the form "learning" aims too.
+    The form "record" takes a record only, the form "learning" aims too. follows: whether the site shares
+    the first router layer of an earlier one, and so takes no router1. leads: whether others share its own,
+    for which the form "record" takes the layer's record.
     """
     if form == "record":
-        return ("record",)
+        return ("record", "layer") if leads else ("record",)
     present = {"w_up", "w_down"}
     if site.kind == "glu":
         present.add("w_gate")
@@ -82,7 +95,8 @@ def operand_names(site: Site, form: Form = "ops") -> tuple[str, ...]:
         elif role in ("up", "gate", "down"):
             present.add(f"b_{role}")
     aims = ("aims",) if form == "learning" else ()
-    return ("router1", "router2", "tau", *aims, *(name for name in SLABS if name in present))
+    first = () if follows else ("router1",)
+    return (*first, "router2", "tau", *aims, *(name for name in SLABS if name in present))
 
 
 def insert_moe(
@@ -92,21 +106,32 @@ def insert_moe(
     at: Callable[[Node], Node],
     form: Form = "ops",
     choice: Choice = Choice(),
+    hidden: Node | None = None,
+    width: int = 0,
 ) -> Inserted:
     """Insert the nodes of one converted site and erase the dense block they replace.
 
     graph is a copy of the matched graph and `at` maps the match's nodes to that copy. The block's last
     node becomes the expert_mlp call, so that it stays the input of whatever is matched after it.
+    hidden: the node of relu(x router1^T) that an earlier site inserted, for this one to share. width: R,
+    where this one's is to be shared as one op with a record.
     Whoever reads the shape of a hidden value reads it from a stand-in without memory.
     """
     root = at(match.root)
     with graph.inserting_before(root):
         x, slabs = _inputs(graph, match, at(match.x), operands)
+        if "layer" in operands:
+            hidden = graph.call_function(router_hidden.overload, (x, operands["layer"], width))
+        elif hidden is None and _has_layer(form, choice):
+            read = graph.call_method("detach", (x,)) if form == "learning" else x
+            first = graph.call_function(F.linear, (read, slabs["router1"]))
+            hidden = graph.call_function(F.relu, (first,))
     offsets, stand_ins = None, _StandIns(graph, match, at)
     if form == "record":
-        call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out))
+        given = () if hidden is None else (hidden,)
+        call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out, *given))
     else:
-        offsets, call = _experts(graph, match, at, x, slabs, form, choice)
+        offsets, call = _experts(graph, match, at, x, slabs, form, choice, hidden)
     rows = stand_ins[match.linears[-1].x] if match.reshaped else None
     output = _output(graph, match, root, call, rows)
     for node in reversed(match.inside[:-1]):
@@ -115,7 +140,12 @@ def insert_moe(
         for user in list(at(node).users):
             user.replace_input_with(at(node), stand_ins[node])
         graph.erase_node(at(node))
-    return Inserted(output, offsets)
+    return Inserted(output, offsets, hidden)
+
+
+def _has_layer(form: Form, choice: Choice) -> bool:
+    """Whether the first router layer is plain nodes."""
+    return form == "learning" or (form == "ops" and choice.exact is None)
 
 
 def _experts(
@@ -126,6 +156,7 @@ def _experts(
     slabs: Mapping[str, Node],
     form: Form,
     choice: Choice,
+    hidden: Node | None,
 ) -> tuple[Node, tuple[Any, tuple[Any, ...]]]:
     """Routing before the block's last node: offsets, and the call that gives the block's output."""
     noise = _noise(graph, match, at) if match.noise is not None else None
@@ -135,11 +166,7 @@ def _experts(
             router = (slabs["router1"], slabs["router2"], slabs["tau"])
             lists = graph.call_function(route.overload, (x, *router))
         else:
-            read = graph.call_method("detach", (x,)) if form == "learning" else x
-            if choice.exact is None or form == "learning":
-                hidden = graph.call_function(
-                    F.relu, (graph.call_function(F.linear, (read, slabs["router1"])),)
-                )
+            if hidden is not None:
                 scores = graph.call_function(
                     torch.abs, (graph.call_function(F.linear, (hidden, slabs["router2"])),)
                 )
@@ -167,7 +194,7 @@ def _inputs(
         x = graph.call_function(torch.movedim, (x, axis, -1))
     if match.dtype is not None:
         x = graph.call_method("to", (x, match.dtype))
-        for name in [name for name in slabs if name not in ("tau", "aims", "record")]:
+        for name in [name for name in slabs if name not in ("tau", "aims", "record", "layer")]:
             slabs[name] = graph.call_method("to", (slabs[name], match.dtype))
     return x, slabs
 

@@ -19,11 +19,12 @@
 namespace {
 
 // Runs rows whose lists are given, or up to CHUNK of them with those that the router makes.
-Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Lists lists) {
+Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Lists lists,
+                const element* given = nullptr) {
     const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
     const bool routes = lists.tokens == nullptr, int8 = rows == 1 && site.quantised;
     const bool decode = rows == 1 && site.decode;
-    Call call{site, x, y, rows, rows <= site.fused_rows, {}, lists};
+    Call call{site, x, y, rows, rows <= site.fused_rows, {}, lists, given};
     const int64_t own = GATHERED * KS, unpacked = site.packed ? 0 : UP_LANES + PANEL_LANES;
     const int64_t hidden = std::max<int64_t>(threads * GATHERED * HL, PLAIN ? 0 : rows * KS);
     const int64_t width = std::max(OV * LANE_VECTOR, PADDED_OUT);
@@ -65,6 +66,9 @@ bool wants_packed(const Site& site, int64_t rows) {
 
 extern "C" {
 
+// Whether d2d_hidden works for this kind of block.
+int64_t d2d_shareable() { return PLAIN && R == RL * PER_LANE; }
+
 // 0: lanes of the packed experts; 1: of the packed router; 2: of the int8 copy.
 int64_t d2d_lanes(int64_t which) {
     constexpr int64_t lanes[] = {E * EXPERT_LANES, ROUTER_LANES, E * QUANTISED_LANES};
@@ -103,8 +107,8 @@ void d2d_pack_router(const void* router1, const void* router2, void* to) {
     }
 }
 
-// The whole block for the rows of x, `elements` in all; a Status.
-int64_t d2d_run(const void* record, const void* x, void* y, int64_t elements) {
+// The whole block for the rows of x, `elements` in all; a Status. hidden: what d2d_hidden wrote, or null.
+int64_t d2d_run_shared(const void* record, const void* x, const void* hidden, void* y, int64_t elements) {
     const Site& site = *static_cast<const Site*>(record);
     const int64_t rows = elements / D;
     if (rows == 1 && site.quantises && !site.quantised) return WANTS_INT8;
@@ -112,8 +116,35 @@ int64_t d2d_run(const void* record, const void* x, void* y, int64_t elements) {
     for (int64_t r = 0; r < rows; r += CHUNK) {
         const element* from = static_cast<const element*>(x) + r * D;
         element* to = static_cast<element*>(y) + r * OUT;
-        const Status status = run_rows(site, from, to, std::min<int64_t>(CHUNK, rows - r), {});
+        const element* given = hidden ? static_cast<const element*>(hidden) + r * R : nullptr;
+        const Status status = run_rows(site, from, to, std::min<int64_t>(CHUNK, rows - r), {}, given);
         if (status != RAN) return status;
+    }
+    return RAN;
+}
+
+int64_t d2d_run(const void* record, const void* x, void* y, int64_t elements) {
+    return d2d_run_shared(record, x, nullptr, y, elements);
+}
+
+// relu(x router1^T) [rows, R], once for the sites that share it; where d2d_shareable says so. NaN where none of them
+// reads it: should tau change in between, NaN keeps every expert.
+int64_t d2d_hidden(const void* record, const void* x, const void*, void* y, int64_t elements) {
+    const Site& site = *static_cast<const Site*>(record);
+    const int64_t rows = elements / D, last = rows ? (rows - 1) % CHUNK + 1 : 0;  // rows of the smallest part
+    bool wanted = false;
+    for (int64_t i = 0; i < site.sharer_count; ++i) wanted |= routes(*site.sharers[i], last);
+    if (!wanted) {
+        std::memset(y, 0xff, size_t(rows * R) * sizeof(element));
+        return RAN;
+    }
+    const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+    Call call{site, static_cast<const element*>(x), nullptr, rows, false, {}, {}, nullptr};
+    call.routed = static_cast<element*>(y);
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        route_hidden(call, team, rows * team.me / team.n, rows * (team.me + 1) / team.n);
     }
     return RAN;
 }

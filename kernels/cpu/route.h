@@ -60,13 +60,17 @@ void list_all(Call& call, Team team) {
     call.barrier.wait(team.n);
 }
 
-void route(Call& call, Team team) {
-    const Site& site = call.site;
+// Whether a call of so many rows reads scores.
+bool routes(const Site& site, int64_t rows) {
+    const bool dense = site.dense_rows && rows >= site.dense_rows;
+    return !dense && (*site.tau != 0 || site.forced);
+}
+
+// call.routed = relu(x router1^T); a thread may read its own rows [r0, r1) afterwards.
+void route_hidden(Call& call, Team team, int64_t r0, int64_t r1) {
     const auto [me, n] = team;
     const int64_t rows = call.rows;
-    const bool dense = site.dense_rows && rows >= site.dense_rows;
-    if (dense || (*site.tau == 0 && !site.forced)) return list_all(call, team);
-    const lane *first = site.router, *second = site.router + RB * KS * 2 * VL;
+    const lane* first = call.site.router;
     const lane* a = as_lanes(call.x);
     if (!PLAIN) {
         a = call.hidden;  // free until the experts run; room for rows x KS is reserved
@@ -78,17 +82,24 @@ void route(Call& call, Team team) {
         }
         call.barrier.wait(n);
     }
-    const bool by_rows = rows >= int64_t(n) * UP_M;
-    const int64_t r0 = rows * me / n, r1 = rows * (me + 1) / n;
-    if (by_rows) {
+    if (rows >= int64_t(n) * UP_M) {
         router_product<false>(a, KS, r0, r1, first, KS, 0, RB, call.routed, RL * PER_LANE);
     } else {
         router_product<false>(a, KS, 0, rows, first, KS, RB * me / n, RB * (me + 1) / n, call.routed,
                               RL * PER_LANE);
         call.barrier.wait(n);
     }
-    router_product<true>(reinterpret_cast<const lane*>(call.routed), RL, r0, r1, second, RS, 0, EB,
-                         call.scores, EP);
+}
+
+void route(Call& call, Team team) {
+    const Site& site = call.site;
+    const auto [me, n] = team;
+    const int64_t rows = call.rows, r0 = rows * me / n, r1 = rows * (me + 1) / n;
+    if (!routes(site, rows)) return list_all(call, team);
+    if (!call.given) route_hidden(call, team, r0, r1);
+    const lane* hidden = as_lanes(call.given ? call.given : call.routed);
+    const lane* second = site.router + RB * KS * 2 * VL;
+    router_product<true>(hidden, RL, r0, r1, second, RS, 0, EB, call.scores, EP);
     float tau;
     std::memcpy(&tau, site.tau, sizeof tau);
     int32_t* counts = call.counts + me * E;

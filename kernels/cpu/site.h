@@ -57,6 +57,8 @@ struct Site {
     int64_t dense_rows;  // from how many rows on everything runs, 0 for never
     const lane* quantised;
     int64_t quantises;  // whether to ask for an int8 copy for one row where there is none
+    const Site* const* sharers;  // of a shared first router layer: the sites that read it
+    int64_t sharer_count;
 };
 
 enum Status : int64_t { RAN = 0, NO_MEMORY = 1, WANTS_PACKED = 2, WANTS_INT8 = 3 };
@@ -133,6 +135,7 @@ struct Call {
     bool fused;
     Barrier barrier;
     Lists lists;
+    const element* given;  // relu(x router1^T) [rows, R] where it is shared, or null
     // scratch
     lane *hidden = nullptr, *pairs = nullptr;
     element *routed = nullptr, *scores = nullptr;

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...expr import function
-from ...router import HUBER, expert_norms, gram
+from ...fitting import HUBER
+from ...router import expert_norms, gram
 from ..base import op
 from ..expert_mlp import inputs_of, noise_of, owned
 

@@ -5,6 +5,7 @@
 
 x [..., D] fp32 or bf16, the dtype of the weights   y [..., width] in the same dtype
 record: [..] int64, the addresses and strides (kernels.native) that `Prepared` makes of other operands.
+hidden: relu(x router1^T) [..., R] where blocks share it (kernels.router_hidden), else None.
 
 Inference only: it has no gradient. Szatkowski et al. 2024, arXiv:2310.04361, equation 4.
 """
@@ -93,11 +94,12 @@ _PREPARED: weakref.WeakValueDictionary[int, Prepared] = weakref.WeakValueDiction
 _NUMBERS = itertools.count(1)
 
 
-@op(version=1)
-def dynamic_mlp(x: Tensor, record: Tensor, width: int) -> Tensor:
+@op(version=2)
+def dynamic_mlp(x: Tensor, record: Tensor, width: int, hidden: Tensor | None = None) -> Tensor:
     """The block's output [..., width] from the experts that its router chooses for each row of x."""
     block = Prepared.of(record)
-    scores = F.linear(F.relu(F.linear(x, block.router1)), block.router2).abs()
+    first = F.relu(F.linear(x, block.router1)) if hidden is None else hidden
+    scores = F.linear(first, block.router2).abs()
     mask = gate(scores, block.tau)
     if block.forced is not None:
         rows = torch.arange(mask[..., 0].numel()) % len(block.forced)
@@ -109,17 +111,17 @@ def dynamic_mlp(x: Tensor, record: Tensor, width: int) -> Tensor:
 
 
 @dynamic_mlp.fake
-def _(x: Tensor, record: Tensor, width: int) -> Tensor:
+def _(x: Tensor, record: Tensor, width: int, hidden: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
 
 
 @dynamic_mlp.flops
-def _(x: Tensor, record: Tensor, width: int, **_: object) -> int:
+def _(x: Tensor, record: Tensor, width: int, hidden: Tensor | None = None, **_: object) -> int:
     """Two FLOPs per multiply-add of router and chosen experts, as the ops it stands for count them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        dynamic_mlp.meaning(x, record, width)
+        dynamic_mlp.meaning(x, record, width, hidden)
     return int(counter.get_total_flops())
 
 

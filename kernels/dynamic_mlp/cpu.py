@@ -51,7 +51,7 @@ def fill(block: Prepared) -> bool:
     found.d2d_pack_router(*map(address, parts), address(router))
     block.kept = [router]
     native.write_weights(block.record, block.weights())
-    run = ctypes.cast(found.d2d_run, ctypes.c_void_p).value
+    run = ctypes.cast(found.d2d_run_shared, ctypes.c_void_p).value
     write(block.record, run=run, router=router, tau=block.tau)
     write(block.record, packs=int(block.packs), quantises=int(block.int8))
     return True
@@ -104,15 +104,26 @@ def run_out(x: Tensor, record: Tensor, width: int, *, out: Tensor) -> Tensor:
     try:
         call(record, x, out, x.numel())
     except RuntimeError:
-        _attend(x, record, width, out)
+        _attend(x, record, None, width, out)
     return out
 
 
-def _attend(x: Tensor, record: Tensor, width: int, out: Tensor) -> None:
+def run_given_out(x: Tensor, record: Tensor, hidden: Tensor, width: int, *, out: Tensor) -> Tensor:
+    """dynamic_mlp with a shared first router layer into `out`, all contiguous."""
+    call = build.call(given=True)
+    assert call is not None
+    try:
+        call(record, x, hidden, out, x.numel())
+    except RuntimeError:
+        _attend(x, record, hidden, width, out)
+    return out
+
+
+def _attend(x: Tensor, record: Tensor, hidden: Tensor | None, width: int, out: Tensor) -> None:
     """What the kernel could not do: copy weights at a first call, or run a block without a kernel."""
     block, rows = Prepared.of(record), x.numel() // x.shape[-1]
     if not read(record, "run"):
-        out.copy_(dynamic_mlp.meaning(x, record, width))
+        out.copy_(dynamic_mlp.meaning(x, record, width, hidden))
         return
     if rows == 1 and read(record, "quantises"):
         quantise(block)
@@ -120,19 +131,29 @@ def _attend(x: Tensor, record: Tensor, width: int, out: Tensor) -> None:
         pack(block)
     else:
         raise native.no_memory(rows) from None
-    run_out(x, record, width, out=out)
+    if hidden is None:
+        run_out(x, record, width, out=out)
+    else:
+        run_given_out(x, record, hidden, width, out=out)
 
 
-def run(x: Tensor, record: Tensor, width: int) -> Tensor:
+def run(x: Tensor, record: Tensor, width: int, hidden: Tensor | None = None) -> Tensor:
     """dynamic_mlp as an implementation of the op."""
     x = x.contiguous()
-    return run_out(x, record, width, out=x.new_empty(*x.shape[:-1], width))
+    out = x.new_empty(*x.shape[:-1], width)
+    if hidden is None:
+        return run_out(x, record, width, out=out)
+    return run_given_out(x, record, hidden.contiguous(), width, out=out)
 
 
-def accepts(x: Tensor, record: Tensor, width: int) -> bool:
-    """Whether the record is complete and x has its weights' dtype."""
-    same = x.device.type == "cpu" and x.dtype == Prepared.of(record).w_up.dtype
-    return same and read(record, "run") != 0
+def accepts(x: Tensor, record: Tensor, width: int, hidden: Tensor | None = None) -> bool:
+    """Whether the record is complete and x has its weights' dtype, as a given hidden has."""
+    block = Prepared.of(record)
+    same = x.device.type == "cpu" and x.dtype == block.w_up.dtype and read(record, "run") != 0
+    if hidden is None or not same:
+        return same
+    found = native.library(spec_of(block))
+    return hidden.dtype == x.dtype and found is not None and bool(found.d2d_shareable())
 
 
 dynamic_mlp.impl("cpu", run, accepts=accepts)
@@ -141,4 +162,4 @@ dynamic_mlp.impl("cpu", run, accepts=accepts)
 @lru_cache(maxsize=1)
 def lower() -> None:
     """Let Inductor compile the op to a direct call of `run_out`."""
-    build.lower_to_out(dynamic_mlp.overload, "d2d_dynamic_mlp", run_out)
+    build.lower_to_out(dynamic_mlp.overload, "d2d_dynamic_mlp", run_out, run_given_out)

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from d2dcompile.expr import function
+from d2dcompile.fitting import relative_loss
 from d2dcompile.kernels.credit import credit, credit_backward
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.expert_mlp import expert_mlp
 from d2dcompile.kernels.gate import gate, tau_bits
-from d2dcompile.router import _loss
 
 EXPERTS, SIZE, WIDTH = 4, 3, 5
 ACTIVATIONS = ["relu(up)", "silu(gate) * up", "p0 * tanh(p1 * up)"]
@@ -98,7 +98,7 @@ def test_the_fit_is_the_gradient_of_the_routers_own_loss(activation: str) -> Non
     scores = case.scores.clone().requires_grad_()
     (ours,) = torch.autograd.grad(case.credited(scores, (0, 3, exponent)).sum(), scores)
     goal = case.experts().norm(dim=-1) ** exponent
-    (wanted,) = torch.autograd.grad(3 * _loss(scores, goal), scores)
+    (wanted,) = torch.autograd.grad(3 * relative_loss(scores, goal), scores)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-8)  # norms are fp32
     (both,) = torch.autograd.grad(case.credited(scores, (1, 3, exponent)).sum(), scores)
     (task,) = torch.autograd.grad(case.credited(scores, (1, 0, exponent)).sum(), scores)
