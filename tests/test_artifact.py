@@ -538,6 +538,7 @@ ALLOWED = {
     "tau": [0.5],
     "role": [None],
     "share": [0.5],
+    "share_routers": [True],
     "transposed": [[]],
     "halves": [[]],
     "stats": [{}, {"a": 1}],

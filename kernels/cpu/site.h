@@ -57,7 +57,7 @@ struct Site {
     int64_t dense_rows;  // from how many rows on everything runs, 0 for never
     const lane* quantised;
     int64_t quantises;  // whether to ask for an int8 copy for one row where there is none
-    const Site* const* sharers;  // of a shared first router layer: the sites that read it
+    const Site** sharers;  // of a shared first router layer: the sites that read it
     int64_t sharer_count;
 };
 
