@@ -129,7 +129,9 @@ class Comparison:
         def teal() -> list[lab.Point]:
             batches = lab.on(self.session.device, self.task.calibration)
             blocks = lab.blocks_of(variant.model, batches[0])
-            return self._emulated(variant, lab.teal(variant.model, blocks, batches, sparsities))
+            greedy = not self.session.quick
+            rules = lab.teal(variant.model, blocks, batches, sparsities, greedy)
+            return self._emulated(variant, rules)
 
         def wina() -> list[lab.Point]:
             return self._emulated(variant, lab.wina(self.shares))

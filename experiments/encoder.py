@@ -51,9 +51,13 @@ class Sizes:
     classes: int = 24
     expert_size: int = 8
     router_width: int = 64
+    router_epochs: int = 30
 
 
-QUICK = Sizes(length=24, batch=16, steps=12, calibration=4, validation=1, test=2, classes=4)
+QUICK = Sizes(
+    length=24, batch=16, steps=8, calibration=4, validation=1, test=2, classes=4,
+    expert_size=64, router_width=16, router_epochs=3,
+)  # fmt: skip
 
 
 class Classifier(nn.Module):
@@ -196,7 +200,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         dense.append(quality(plain.model, lab.on(session.device, task.test)))
         session.say(f"seed {seed}: dense {dense[-1]}")
         config = d2d.Config(
-            expert_size=sizes.expert_size, router_width=sizes.router_width, seed=seed
+            expert_size=sizes.expert_size,
+            router_width=sizes.router_width,
+            router_epochs=sizes.router_epochs,
+            seed=seed,
         )
         comparison = Comparison(session, session.steps(seed), task, config)
         for method, points in comparison.curves(plain, relu, sparse, None).items():
