@@ -62,7 +62,10 @@ def compiled(model: nn.Module, **options):
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("family", testing.FAMILIES)
 def test_tau_zero_is_dense(family: str, inner: str, experts: Counter) -> None:
-    """Forward under no_grad and inference_mode, fp32 and bf16: error at most twice the dense one's."""
+    """Forward under no_grad and inference_mode, fp32 and bf16: error at most twice the dense one's.
+
+    Inductor takes each dtype under one of the modes: its compilations are most of this file's time.
+    """
     source = testing.tiny(family)
     double = testing.in_dtype(source, torch.float64)
     with torch.no_grad():
@@ -74,7 +77,10 @@ def test_tau_zero_is_dense(family: str, inner: str, experts: Counter) -> None:
         dense.to(dtype)
         with torch.no_grad():
             rival = testing.output(dense(**case.inputs))
-        for mode in (torch.no_grad, torch.inference_mode):
+        modes = [torch.no_grad, torch.inference_mode]
+        if inner == "inductor":
+            modes = modes[:1] if dtype == torch.float32 else modes[1:]
+        for mode in modes:
             torch._dynamo.reset()
             before = experts.calls
             with mode():
