@@ -55,8 +55,13 @@ def generated(case: testing.Tiny, cache: str, inner: Callable[..., Any]) -> tupl
     return tokens, recorder
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", FAMILIES)
+ONE_CACHE = {"opt": "dynamic", "gemma": "static", "phi3": "static"}  # the others have both
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [(f, c) for f in FAMILIES for c in ("dynamic", "static") if ONE_CACHE.get(f, c) == c],
+)
 def test_generate_equals_dense_with_as_many_compilations(family: str, cache: str) -> None:
     case = testing.tiny(family)
     expected, dense = generated(case, cache, lambda gm, inputs: gm.forward)

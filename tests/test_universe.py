@@ -58,9 +58,10 @@ def test_a_sample_of_transformers_is_matched_as_the_truth_says(name: str) -> Non
 BLOCKS = [
     c for c in SMALL if c.name.startswith(("nn/encoder", "form/mlp", "form/glu", "form/fused"))
 ]
+SOME = [c for c in HF[4::90] if c.name != "hf/zamba"]  # which takes a minute alone
 
 
-@pytest.mark.parametrize("name", [case.name for case in [*BLOCKS[::6], *HF[4::90]]])
+@pytest.mark.parametrize("name", [case.name for case in [*BLOCKS[::6], *SOME]])
 def test_a_sample_equals_dense_at_tau_zero_with_gradients(name: str) -> None:
     found = equality(CASES[name])
     assert found.sites or name in NORM_INSIDE or not CASES[name].truth(CASES[name].make()[0]).blocks
