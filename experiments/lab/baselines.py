@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from .emulation import Block, Rule
 Scores = Callable[[Tensor], Tensor]  # x [..., D] -> scores [..., E]
 
 
-class ExpertRule(Rule):
+class ExpertRule(Rule, ABC):
     """A rule over experts: E contiguous groups of hidden neurons, as an attached conversion has them."""
 
     ahead = True
@@ -23,9 +24,9 @@ class ExpertRule(Rule):
     def __init__(self, experts: Mapping[str, int]) -> None:
         self.experts = experts
 
+    @abstractmethod
     def chosen(self, block: Block, x: Tensor, h: Tensor) -> Tensor:
         """Which experts run, [..., E]."""
-        raise NotImplementedError
 
     def hidden(self, block: Block, x: Tensor, h: Tensor) -> Tensor:
         size = block.site.d_hidden // self.experts[block.site.name]
