@@ -116,7 +116,7 @@ class Looked:
     """The result of one look-up, and what it rests on: each weight's identity, memory and version."""
 
     weights: tuple[tuple[int, weakref.ref[Tensor], int, int | None], ...]
-    states: tuple[tuple[int, weakref.ref[State], Choice], ...]
+    states: tuple[tuple[int, weakref.ref[State], str, float | None], ...]
     operands: Sequence[Tensor]
 
     @classmethod
@@ -134,7 +134,7 @@ class Looked:
             for place, w in distinct.items()
         )
         states = tuple(
-            (slot.places["down"], weakref.ref(state), state.choice)
+            (slot.places["down"], weakref.ref(state), state.rule, state.exact)
             for slot, state in zip(slots, found, strict=True)
         )
         return cls(weights, states, operands)
@@ -149,9 +149,11 @@ class Looked:
                 return False
             if version is not None and weight._version != version:
                 return False
-        for place, held, choice in self.states:
+        for place, held, rule, exact in self.states:
             state = held()
-            if state is None or lookup(args[place]) is not state or state.choice != choice:
+            if state is None or lookup(args[place]) is not state:
+                return False
+            if state.rule != rule or state.exact != exact:
                 return False
         return True
 

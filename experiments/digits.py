@@ -2,7 +2,7 @@
 
 A ViT is trained with GELU, then fine-tuned with ReLU, with and without a square Hoyer penalty; D2DMoE,
 static top-k and MoEfication run on the same experts, TEAL and WINA drop channels. All models have had the
-same number of training steps. `python -m experiments.digits`, about fifteen minutes on two cores.
+same number of training steps. `python -m experiments.digits`.
 """
 
 from __future__ import annotations

