@@ -136,10 +136,6 @@ class State:
         ends = value_at(self.rule, 0.0, experts), value_at(self.rule, 1.0, experts)
         return (int(ends[0]), int(ends[1])) if self.rule == "top_k" else ends
 
-    def value_at(self, sparsity: float) -> float:
-        """The rule's number from 0 (everything runs) to 1 (the fewest): see `d2dcompile.rules`."""
-        return value_at(self.rule, sparsity, self.experts.plan.experts)
-
     @property
     def sparsity(self) -> float:
         """Where the rule's present number lies from 0 (everything runs) to 1 (the fewest)."""
@@ -265,7 +261,7 @@ class State:
         if self.rule == "top_k":
             return 1 - sparsity
         key = "share@" if self.rule == "max" else "share_top_p@"
-        stats = ((k.split("@"), v) for k, v in self.experts.stats.items() if key in k)
+        stats = ((k.split("@"), v) for k, v in self.experts.stats.items() if k.startswith(key))
         known = {sparsity_of(self.rule, float(at), 0): v for (_, at), v in stats}
         points = sorted({0.0: 1.0, 1.0: 0.0, **known}.items())
         for (low, above), (high, below) in pairwise(points):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,8 +180,8 @@ def test_sparsity_orders_the_numbers_of_every_rule(model, rule):
     state.rule = rule
     shares = []
     for step in range(11):
-        state.set_value(state.value_at(step / 10))
-        assert state.value_at(state.sparsity) == state.tau
+        state.set_value(value_at(state.rule, step / 10, E))
+        assert value_at(state.rule, state.sparsity, E) == state.tau
         shares.append(state.expected_share())
     assert shares == sorted(shares, reverse=True) and shares[0] == 1
     assert value_at(rule, 0.0, E) == {"max": 0, "top_k": E, "top_p": 1}[rule]
@@ -258,3 +259,13 @@ def test_the_oracle_of_a_copy_leaves_the_original_alone(model):
     other = copy.deepcopy(testing.Stack(2, D, H))
     with pytest.raises(NoConversionError), testing.oracle(other):
         pass
+
+
+def test_the_share_to_expect_is_that_of_the_router_not_of_the_exact_scores():
+    model = testing.Stack(1)
+    d2d.convert(model, [torch.randn(64, 16)], d2d.Config(router_epochs=1), progress=False)
+    (state,) = states(model)
+    stats = {"share@0.2": 0.6, "exact_share@0.2": 0.3, "share_top_p@0.2": 0.1}
+    state.experts = replace(state.experts, stats=stats)
+    d2d.set_tau(model, 0.2)
+    assert state.expected_share() == pytest.approx(0.6)
