@@ -80,7 +80,7 @@ def assert_same_int8(found: ctypes.CDLL, block: Prepared, spec: native.Spec) -> 
     own = native.library(spec)
     assert own is not None
     x, made = torch.randn(1, spec.d).to(block.w_up.dtype), []
-    lists = [native.address(t) for t in dispatch(testing.routing_masks(1, spec.experts, 0.5))]
+    lists = dispatch(testing.routing_masks(1, spec.experts, 0.5))  # addresses do not keep it alive
     for library in (found, own):
         copy = torch.empty(own.d2d_lanes(2), dtype=torch.int32)
         out = torch.full((1, spec.out), torch.nan, dtype=x.dtype)
@@ -88,7 +88,7 @@ def assert_same_int8(found: ctypes.CDLL, block: Prepared, spec: native.Spec) -> 
         library.d2d_pack_int8(native.address(block.record), native.address(copy))
         native.write(block.record, quantised=copy)
         operands = map(native.address, (block.record, x, out))
-        assert library.d2d_run_lists(*operands, native.count(1), *lists) == native.RAN
+        assert library.d2d_run_lists(*operands, native.count(1), *map(native.address, lists)) == native.RAN
         made.append((copy, out))
     assert torch.equal(made[0][0], made[1][0])
     limit = 1e-2 if spec.bf16 else 1e-3  # a hidden value near a half may be rounded either way
