@@ -7,6 +7,8 @@ there. `python -m experiments.ablations`.
 - no sparsification: ReLU alone, and GELU alone, as they were trained; L1 in the place of Hoyer.
 - static k: the same routers, the k best experts of every token.
 - MoEfication's router target: activation sums, cross-entropy, static k.
+- routers: "classify" (MoEfication's target, compared by tau), "centroid" (no training); a tenth of the
+  experts shared, so that they always run.
 - expert size: 4 to 256 neurons.
 - clustering: random, and by co-activation.
 - projections: Q, K, V and O replaced by ReLU blocks before the finetuning, and converted too; more is
@@ -59,7 +61,7 @@ class Variants:
 
     def run(self) -> None:
         """All of them."""
-        weight = self.stages.sizes.weight
+        sizes, weight = self.stages.sizes, self.stages.sizes.weight
         dense, dense_key = self.stages.dense()
         relu, relu_key = self.stages.finetuned(None)
         sparse, key = self.stages.finetuned("hoyer", weight)
@@ -72,6 +74,10 @@ class Variants:
         self.sizes(sparse, key)
         self.add("random experts", sparse, key, clustering="random")
         self.add("co-activation clustering", sparse, key, clustering="coactivation")
+        self.add("router: classify", sparse, key, router="classify")
+        self.add("router: centroid", sparse, key, router="centroid")
+        shared = max(sizes.hidden // sizes.expert // 10, 1)
+        self.add("shared experts", sparse, key, shared_experts=shared)
         self.add(
             "int8 weights", rounded(sparse, self.task.test[0], self.device), {**key, "int8": 1}
         )

@@ -1,8 +1,8 @@
 """Quality against cost on scikit-learn's digits: D2DMoE, its rivals and dense models of equal cost.
 
 A ViT is trained with GELU, then fine-tuned with ReLU, with and without a square Hoyer penalty; D2DMoE,
-static top-k and MoEfication run on the same experts, TEAL and WINA drop channels. All models have had the
-same number of training steps. `python -m experiments.digits`.
+static top-k and MoEfication run on the same experts, TEAL and WINA drop channels, early exit skips layers.
+All models have had the same number of training steps. `python -m experiments.digits`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def methods_of(
     )
     channels(dense, "dense model")
     channels(sparse, "sparsified model")
+    exits, _ = stages.exits()
+    curves["early exit"] = lab.early_exit(task, exits, device)
     narrow = [round(share * sizes.hidden) for share in (NARROW[:1] if quick else NARROW)]
     trained = lab.narrower(
         task, lambda size: stages.dense(size)[0], dense, sizes.hidden, narrow, device

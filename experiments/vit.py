@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import d2dcompile as d2d
+from experiments import lab
 from experiments.lab import Batch, Recipe, Steps, Task, moved, settings_of, trained
 
-VALIDATION, TEST = 200, 400
+VALIDATION, TEST, CLASSES = 200, 400, 10
 MODEL = ("width", "layers", "heads", "hidden", "batch")  # sizes that decide models and their data
 
 
@@ -31,6 +32,7 @@ class Sizes:
     Attributes:
         width, layers, heads, hidden: of the ViT.
         dense, finetune: optimizer steps of the dense model, and of what follows from it.
+        rate: learning rate of what follows from it; the dense model's is 2e-3.
         batch: images a step.
         expert, router: neurons per expert, and units of a router, which is small because the blocks are.
         epochs: of router fits.
@@ -43,6 +45,7 @@ class Sizes:
     hidden: int = 256
     dense: int = 600
     finetune: int = 400
+    rate: float = 5e-4
     batch: int = 64
     expert: int = 4
     router: int = 16
@@ -109,13 +112,18 @@ def vit(sizes: Sizes, hidden: int, seed: int) -> nn.Module:
         image_size=8,
         patch_size=2,
         num_channels=1,
-        num_labels=10,
+        num_labels=CLASSES,
         initializer_range=0.08,  # 0.02 is for widths of 768 and learns slowly here
         attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ViTForImageClassification(config).eval()
+
+
+def first_token(hidden: Tensor, batch: Batch) -> Tensor:
+    """The class token's values [images, width] of hidden values [images, tokens, width]."""
+    return hidden[:, 0]
 
 
 def quality(call: Any, batches: Sequence[Batch]) -> dict[str, float]:
@@ -166,7 +174,7 @@ class Stages:
             sparsity = {"penalty": penalty, "weight": weight, "schedule": "linear_warmup"}
         recipe = Recipe(
             self.sizes.finetune,
-            rate=5e-4,
+            rate=self.sizes.rate,
             sparsity=sparsity,
             seed=self.task.settings["split"] + 500,
             note=f"relu {relu}, from {settings['recipe']['steps']} steps",
@@ -182,6 +190,24 @@ class Stages:
         model = trained(self.steps, stage, self.task, recipe, make, self.device)
         return model, settings_of(self.task, recipe)
 
+    def exits(self) -> tuple[lab.MultiExit, dict[str, Any]]:
+        """The base with a classifier after every layer, fine-tuned on all of them."""
+        base, settings = self.base()
+        task = lab.exits_task(self.task)
+        recipe = Recipe(
+            self.sizes.finetune,
+            rate=self.sizes.rate,
+            seed=self.task.settings["split"] + 500,
+            note=f"exits, from {settings['recipe']['steps']} steps",
+        )
+
+        def make() -> lab.MultiExit:
+            model = copy.deepcopy(base)
+            return lab.MultiExit(model, "vit.layers", first_token, self.sizes.width, CLASSES)
+
+        model = trained(self.steps, "exits", task, recipe, make, self.device)
+        return model, settings_of(task, recipe)
+
     def projected(self, weight: float, epochs: int) -> tuple[nn.Module, dict[str, Any]]:
         """The base with ReLU and its attention projections replaced by blocks, fine-tuned with Hoyer.
 
@@ -191,7 +217,7 @@ class Stages:
         calibration = [moved(batch, self.device) for batch in self.task.calibration]
         recipe = Recipe(
             self.sizes.finetune,
-            rate=5e-4,
+            rate=self.sizes.rate,
             sparsity={"penalty": "hoyer", "weight": weight, "schedule": "linear_warmup"},
             seed=self.task.settings["split"] + 500,
             note=f"projections, {epochs} epochs, from {settings['recipe']['steps']} steps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -18,7 +19,7 @@ from d2dcompile.attachment import states
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
-from experiments import lab  # noqa: E402
+from experiments import lab, vit  # noqa: E402
 from experiments.lab import baselines, report  # noqa: E402
 from experiments.lab.steps import key_of  # noqa: E402
 
@@ -266,3 +267,33 @@ def test_the_report_stands_between_its_markers_and_needs_them() -> None:
     assert once == f"a\n{report.BEGIN}\nnew\n{report.END}\nb" == report.replaced(once, "new")
     with pytest.raises(ValueError, match="once each"):
         report.replaced("no markers", "new")
+
+
+def test_early_exit_pays_for_the_layers_and_heads_that_an_example_passes() -> None:
+    sizes = vit.QUICK
+    task = vit.digits(0, sizes)
+    model = lab.MultiExit(vit.vit(sizes, sizes.hidden, 0), "vit.layers", vit.first_token, 32, 10)
+    with torch.no_grad():
+        exits = [model(**batch) for batch in task.test]
+    sure = torch.cat([logits[0].softmax(-1).amax(-1) for logits in exits]).median().item()
+    never, always, some = lab.early_exit(task, model, CPU, (1.1, 0.0, sure))
+    tokens, head = 17, 32 * 10
+    dense = sizes.layers * tokens * 2 * sizes.width * sizes.hidden
+    assert never.cost == pytest.approx(1 + (sizes.layers - 1) * head / dense)
+    assert always.cost == pytest.approx(1 / sizes.layers + head / dense)
+    assert some.cost == pytest.approx((always.cost + never.cost) / 2, rel=0.01)
+    with torch.no_grad():
+        assert never.quality == pytest.approx(task.quality(model.model, task.test))
+    labels = torch.cat([batch["labels"] for batch in task.test])
+    first = torch.cat([logits[0].argmax(-1) for logits in exits])
+    assert always.quality["accuracy"] == pytest.approx((first == labels).float().mean().item())
+    whole = lab.methods.model_macs(model.model, task.test)
+    one = copy.deepcopy(model.model)
+    one.vit.layers = one.vit.layers[:1]
+    alone = lab.methods.model_macs(one, task.test) + 400 * head
+    assert always.model_cost == pytest.approx(alone / whole)
+    assert len(model.layers) == sizes.layers  # and the model is as it was
+    loss = lab.exits_task(task).loss(model, task.test[0])
+    labels = task.test[0]["labels"]
+    losses = [nn.functional.cross_entropy(logits, labels) for logits in model(**task.test[0])]
+    assert loss.item() == pytest.approx(sum(found.item() for found in losses) / sizes.layers)

@@ -23,6 +23,7 @@ Names, all re-exported here:
 - `Block`, `blocks_of`, `Rule`, `emulate` (emulation.py): forward hooks that mask a block's inputs or
   hidden values and count what a kernel that skips them would compute.
 - Rules (baselines.py, moefication.py, teal.py): rivals of D2DMoE as masks.
+- `MultiExit`, `exits_task`, `early_exit` (early_exit.py): a rival that skips layers.
 - `Point`, `dynamic`, `emulated`, `converted`, `dense_point`, `narrower` (methods.py): curves.
 - `summary`, `at_budget`, `critical`, `gaps` (curves.py); `draw` (plotting.py); `write`, `read` (results.py);
   `python -m experiments.lab.report` (report.py).
@@ -34,6 +35,7 @@ like any token), as a share of the dense ones: `Point.cost` of the converted blo
 
 from .baselines import SHARES, Oracle, StaticTopK, Threshold, Wina, oracle, static_topk, wina
 from .curves import BUDGETS, at_budget, critical, gaps, summary
+from .early_exit import THRESHOLDS, MultiExit, early_exit, exits_task
 from .emulation import Block, Rule, Tally, blocks_of, emulate
 from .methods import (
     TAUS,
@@ -59,10 +61,12 @@ __all__ = [
     "ROOT",
     "SHARES",
     "TAUS",
+    "THRESHOLDS",
     "Batch",
     "Block",
     "History",
     "MoEfication",
+    "MultiExit",
     "Oracle",
     "Point",
     "Recipe",
@@ -81,8 +85,10 @@ __all__ = [
     "critical",
     "dense_point",
     "dynamic",
+    "early_exit",
     "emulate",
     "emulated",
+    "exits_task",
     "fit_moefication",
     "gaps",
     "key_of",

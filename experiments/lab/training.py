@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ import d2dcompile as d2d
 
 from .steps import Partial, Steps
 from .task import Batch, Task
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,9 @@ def trained(
     name: str,
     task: Task,
     recipe: Recipe,
-    make: Callable[[], nn.Module],
+    make: Callable[[], Model],
     device: torch.device,
-) -> nn.Module:
+) -> Model:
     """The model that `make` builds, trained or, where that was done before, with its weights loaded.
 
     `make` must give the same structure each time (activations replaced, layers swapped); if it starts

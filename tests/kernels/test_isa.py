@@ -88,7 +88,10 @@ def assert_same_int8(found: ctypes.CDLL, block: Prepared, spec: native.Spec) -> 
         library.d2d_pack_int8(native.address(block.record), native.address(copy))
         native.write(block.record, quantised=copy)
         operands = map(native.address, (block.record, x, out))
-        assert library.d2d_run_lists(*operands, native.count(1), *map(native.address, lists)) == native.RAN
+        assert (
+            library.d2d_run_lists(*operands, native.count(1), *map(native.address, lists))
+            == native.RAN
+        )
         made.append((copy, out))
     assert torch.equal(made[0][0], made[1][0])
     limit = 1e-2 if spec.bf16 else 1e-3  # a hidden value near a half may be rounded either way
