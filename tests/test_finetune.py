@@ -263,3 +263,42 @@ def test_routers_of_other_kinds_are_refused_what_they_are_not_made_for() -> None
                 tuning.close(batches, refit=True)
         after = tuning.close(batches, refit=kind != "centroid")
         assert after.experts["blocks.0"].stats["tokens"] == 256
+
+
+def test_trainer_and_a_plain_loop_give_the_same_experts_and_routers(tmp_path: Path) -> None:
+    """Hugging Face's Trainer around `model.compile`; accelerate refuses backends it does not know by name."""
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    import transformers
+
+    case = testing.tiny("llama")
+    ids = torch.randint(5, testing.VOCABULARY, (8, 17))
+    conversion = d2d.convert(case.model, [{"input_ids": ids}], QUICK, progress=False)
+    other = copy.deepcopy(case.model)
+    conversion.attach(other)
+    for model in (case.model, other):
+        d2d.set_tau(model, 0.5)
+        model.compile(backend="d2dmoe", options={"inner": "eager"})
+    with d2d.finetune(case.model, conversion) as ours:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=3, optim="sgd", learning_rate=0.1, max_grad_norm=0,
+            lr_scheduler_type="constant", per_device_train_batch_size=8, report_to=[],
+            save_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        transformers.Trainer(case.model, arguments, train_dataset=rows).train()
+    with d2d.finetune(other, conversion) as theirs:
+        optimizer = torch.optim.SGD(other.train().parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            other(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    assert ours.steps == theirs.steps == 3
+    start = testing.tiny("llama").model.state_dict()
+    for (name, one), two in zip(case.model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+        assert ".mlp." not in name or not torch.equal(one.sum(0), start[name].sum(0))
+    for name, experts in ours.conversion.experts.items():
+        same = theirs.conversion.experts[name]
+        torch.testing.assert_close(experts.router1, same.router1, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(experts.router2, same.router2, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(experts.router2, conversion.experts[name].router2)
