@@ -183,9 +183,7 @@ def _start(
     "pairs": the first H/2 principal components of y, each as relu(z) - relu(-z): half of the neurons are
     silent, and what an expert adds is small where it is skipped. "components": the first H, each through
     one neuron whose bias keeps nearly all rows above zero: the best linear layer through H values, but
-    every neuron is active. "random": as nn.Linear begins. In MiniLM (d = 384, layer 3's values, 960 steps,
-    weight .1) the errors are 6 % with 57 % active, 2 % with 94 %; with the half of the experts that matters
-    most, by their true norms, 18 % and 96 %.
+    every neuron is active, so that no expert can be skipped at little harm. "random": as nn.Linear begins.
     """
     d_out, d_in = one.weight.shape
     if start == "random":

@@ -7,6 +7,8 @@ share of experts that run falls with tau and rises with k and p; a *sparsity* of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from .errors import RuleError, TauError
@@ -57,3 +59,24 @@ def sparsity_of(rule: str, value: float, experts: int) -> float:
     if rule == "top_p":
         return 1 - value
     return (experts - min(value, experts)) / max(experts - 1, 1)
+
+
+def calibrated_share(rule: str, sparsity: float, stats: Mapping[str, float]) -> float:
+    """The executed share at a sparsity, by what calibration saw of the routed experts.
+
+    stats: {"share@0.1": share at tau .1, "share_top_p@0.9": share at p .9, ...}; between them on a line,
+    from everything at 0 to nothing at 1. Of "top_k" it is known without.
+    """
+    if rule == "top_k":
+        return 1 - sparsity
+    key = "share@" if rule == "max" else "share_top_p@"
+    known = {
+        sparsity_of(rule, float(name.removeprefix(key)), 0): share
+        for name, share in stats.items()
+        if name.startswith(key)
+    }
+    points = sorted({0.0: 1.0, 1.0: 0.0, **known}.items())
+    for (low, above), (high, below) in pairwise(points):
+        if sparsity <= high:
+            return above + (below - above) * (sparsity - low) / (high - low)
+    return 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from .kernels.router_hidden import Layer
 from .kernels.router_hidden.cpu import shareable
 from .layout import digest, slabs
 from .passes.insert_moe import Choice, Form, operand_names
-from .rules import NUMBERS, sparsity_of, value_at
+from .rules import NUMBERS, calibrated_share, sparsity_of, value_at
 
 
 def meaning(activation: str) -> str:
@@ -253,21 +252,9 @@ class State:
         """The executed share to expect at the present tau: of the forced masks, or as calibrated."""
         if self.forced is not None:
             return float(self.forced.float().mean())
-        return self._shared + (1 - self._shared) * self._routed_share()
-
-    def _routed_share(self) -> float:
-        """The same among the experts that are not always on."""
-        sparsity = self.sparsity
-        if self.rule == "top_k":
-            return 1 - sparsity
-        key = "share@" if self.rule == "max" else "share_top_p@"
-        stats = ((k.split("@"), v) for k, v in self.experts.stats.items() if k.startswith(key))
-        known = {sparsity_of(self.rule, float(at), 0): v for (_, at), v in stats}
-        points = sorted({0.0: 1.0, 1.0: 0.0, **known}.items())
-        for (low, above), (high, below) in pairwise(points):
-            if sparsity <= high:
-                return above + (below - above) * (sparsity - low) / (high - low)
-        return 0.0
+        return self._shared + (1 - self._shared) * calibrated_share(
+            self.rule, self.sparsity, self.experts.stats
+        )
 
     @property
     def dense_rows(self) -> int:
