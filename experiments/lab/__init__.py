@@ -35,7 +35,7 @@ like any token), as a share of the dense ones: `Point.cost` of the converted blo
 
 from .baselines import SHARES, Oracle, StaticTopK, Threshold, Wina, oracle, static_topk, wina
 from .curves import BUDGETS, at_budget, critical, gaps, summary
-from .early_exit import THRESHOLDS, MultiExit, early_exit, exits_task
+from .early_exit import MultiExit, early_exit, exits_task
 from .emulation import Block, Rule, Tally, blocks_of, emulate
 from .methods import (
     TAUS,
@@ -61,7 +61,6 @@ __all__ = [
     "ROOT",
     "SHARES",
     "TAUS",
-    "THRESHOLDS",
     "Batch",
     "Block",
     "History",
