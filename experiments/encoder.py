@@ -35,7 +35,7 @@ from .comparing import Comparison, Variant
 from .language import relu_copy
 from .text import Fragment, fragments
 
-HOYER = {"penalty": "hoyer", "weight": 3.0, "schedule": "linear_warmup"}
+HOYER = {"penalty": "hoyer", "weight": 1.0, "schedule": "linear_warmup"}
 
 
 @dataclass(frozen=True)
