@@ -21,7 +21,7 @@ from .capture import Captured
 from .errors import DenseFallbackWarning, NoConversionError, RuleError
 from .options import Options
 from .passes import Match
-from .passes.insert_moe import Choice, Form
+from .passes.forms import Choice, Form
 from .passes.share_routing import Shares
 from .rewriting import parameter_places
 from .state import State, meaning

@@ -18,7 +18,7 @@ from .kernels.expert_mlp.call import of_native
 from .kernels.router_hidden import cpu as router_hidden
 from .load import Load
 from .passes import Match
-from .passes.insert_moe import Form, operand_names
+from .passes.forms import Form, operand_names
 from .passes.names import dtype_of
 from .state import State
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from .attachment import states
 from .capture import unwrap
 from .errors import CalibrationError, NoConversionError
-from .passes.insert_moe import Choice
+from .passes.forms import Choice
 from .passes.share_routing import Shares
 from .probe import Graph, arguments, countable, flop_counter, insert_observer, probing
 from .rewriting import Rewritten, rewrite_captured, shared, state_of

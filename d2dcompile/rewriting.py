@@ -15,7 +15,8 @@ from .capture import Body, Captured, from_graph_module
 from .errors import ConversionMismatchError, NoConversionError
 from .ir import Conversion, Experts, Miss
 from .passes import Match, match_all, rules
-from .passes.insert_moe import Choice, Form, Inserted, insert_moe, operand_names
+from .passes.forms import Choice, Form, operand_names
+from .passes.insert_moe import Inserted, insert_moe
 from .passes.share_routing import Shares, same_inputs
 from .passes.verify import verify
 from .state import State, meaning

@@ -25,7 +25,7 @@ from .kernels.gate import tau_bits
 from .kernels.router_hidden import Layer
 from .kernels.router_hidden.cpu import shareable
 from .layout import digest, slabs
-from .passes.insert_moe import Choice, Form, operand_names
+from .passes.forms import Choice, Form, operand_names
 from .rules import NUMBERS, calibrated_share, sparsity_of, value_at
 
 

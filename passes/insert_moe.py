@@ -16,14 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import add, getitem
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..ir import Site
 from ..kernels.credit import credit
 from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
@@ -34,30 +32,8 @@ from ..kernels.native import SLABS
 from ..kernels.route import route
 from ..kernels.router_hidden import router_hidden
 from .base import Match
-from .halves import SPLITS
-from .linear import Linear
-from .names import CASTS, SHAPE_ONLY, VIEWS, argument, dtype_of, op_name
-
-Form = Literal["ops", "routed", "record", "learning"]
-"""What stands for a site: router, gate, dispatch and experts; route and experts; one op with a record; or
-the first with gradients for routers."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a site's experts are chosen, as far as its graph says it; forms but "ops" know the default only.
-
-    Attributes:
-        rule: the gate's.
-        exact: None where the router's scores are compared, or to compare the experts' exact output norms
-            to this power (see `testing.oracle`).
-    """
-
-    rule: str = "max"
-    exact: float | None = None
-
-
-_SHAPE_ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "Size")
+from .forms import BY_TAU, Choice, Form, has_layer
+from .stand_ins import StandIns, erase_shape_reader, is_channels_last, noise_of
 
 
 @dataclass(frozen=True)
@@ -75,37 +51,13 @@ class Inserted:
     hidden: Node | None = None
 
 
-def operand_names(
-    site: Site, form: Form = "ops", follows: bool = False, leads: bool = False
-) -> tuple[str, ...]:
-    """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs.
-
-    The form "record" takes a record only, the form "learning" aims too. follows: whether the site shares
-    the first router layer of an earlier one, and so takes no router1. leads: whether others share its own,
-    for which the form "record" takes the layer's record.
-    """
-    if form == "record":
-        return ("record", "layer") if leads else ("record",)
-    present = {"w_up", "w_down"}
-    if site.kind == "glu":
-        present.add("w_gate")
-    for role in site.biases:
-        if role == "gate_up":
-            present |= {"b_up", "b_gate"}
-        elif role in ("up", "gate", "down"):
-            present.add(f"b_{role}")
-    aims = ("aims",) if form == "learning" else ()
-    first = () if follows else ("router1",)
-    return (*first, "router2", "tau", *aims, *(name for name in SLABS if name in present))
-
-
 def insert_moe(
     graph: Graph,
     match: Match,
     operands: Mapping[str, Node],
     at: Callable[[Node], Node],
     form: Form = "ops",
-    choice: Choice = Choice(),
+    choice: Choice = BY_TAU,
     hidden: Node | None = None,
     width: int = 0,
 ) -> Inserted:
@@ -122,11 +74,11 @@ def insert_moe(
         x, slabs = _inputs(graph, match, at(match.x), operands)
         if "layer" in operands:
             hidden = graph.call_function(router_hidden.overload, (x, operands["layer"], width))
-        elif hidden is None and _has_layer(form, choice):
+        elif hidden is None and has_layer(form, choice):
             read = graph.call_method("detach", (x,)) if form == "learning" else x
             first = graph.call_function(F.linear, (read, slabs["router1"]))
             hidden = graph.call_function(F.relu, (first,))
-    offsets, stand_ins = None, _StandIns(graph, match, at)
+    offsets, stand_ins = None, StandIns(graph, match, at)
     if form == "record":
         given = () if hidden is None else (hidden,)
         call = (dynamic_mlp.overload, (x, operands["record"], match.linears[-1].d_out, *given))
@@ -136,16 +88,11 @@ def insert_moe(
     output = _output(graph, match, root, call, rows)
     for node in reversed(match.inside[:-1]):
         for user in list(at(node).users):
-            _erase_shape_reader(graph, user)
+            erase_shape_reader(graph, user)
         for user in list(at(node).users):
             user.replace_input_with(at(node), stand_ins[node])
         graph.erase_node(at(node))
     return Inserted(output, offsets, hidden)
-
-
-def _has_layer(form: Form, choice: Choice) -> bool:
-    """Whether the first router layer is plain nodes."""
-    return form == "learning" or (form == "ops" and choice.exact is None)
 
 
 def _experts(
@@ -159,7 +106,7 @@ def _experts(
     hidden: Node | None,
 ) -> tuple[Node, tuple[Any, tuple[Any, ...]]]:
     """Routing before the block's last node: offsets, and the call that gives the block's output."""
-    noise = _noise(graph, match, at) if match.noise is not None else None
+    noise = noise_of(graph, match, at) if match.noise is not None else None
     scalars = [at(node) for node in match.scalars]
     with graph.inserting_before(at(match.root)):
         if form == "routed":
@@ -218,89 +165,9 @@ def _output(
             lead = graph.call_function(getitem, (size, slice(None, -1)))
             shape = graph.call_function(add, (lead, (-1,)))
             root.target, root.args = torch.reshape, (output, shape)
-        elif _is_channels_last(match.root):
+        elif is_channels_last(match.root):
             root.target, root.args = torch.movedim, (output, -1, axis)
         else:  # in memory as a convolution's output: dropout after it draws in that order
             moved = graph.call_function(torch.movedim, (output, -1, axis))
             root.op, root.target, root.args = "call_method", "contiguous", (moved,)
     return output
-
-
-def _is_channels_last(node: Node) -> bool:
-    """Whether a convolution's captured output has its features innermost in memory."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return isinstance(value, Tensor) and value.dim() > 2 and not value.is_contiguous()
-
-
-def _noise(graph: Graph, match: Match, at: Callable[[Node], Node]) -> Node:
-    """What active dropout multiplies by, [..., H]: drawn where and as the dense block draws it."""
-    call, axis = match.noise, match.linears[-1].axis
-    assert call is not None
-    dtype, p = dtype_of(call), argument(call, 1, "p", 0.5)
-    shape = _StandIns(graph, match, at)[call]
-    with graph.inserting_before(at(call)):
-        moves = axis not in (None, -1)
-        if moves and _is_channels_last(call):
-            shape, moves = graph.call_function(torch.movedim, (shape, axis, -1)), False
-        ones = graph.call_method("new_ones", (shape, ()), {} if dtype is None else {"dtype": dtype})
-        full = graph.call_method("expand_as", (ones, shape))
-        noise = graph.call_function(F.dropout, (full, p, True))
-        return graph.call_function(torch.movedim, (noise, axis, -1)) if moves else noise
-
-
-def _erase_shape_reader(graph: Graph, node: Node) -> None:
-    """Erase a node that reads a shape, and the arithmetic on it, where nothing uses the result."""
-    if op_name(node) not in (*SHAPE_ONLY, *_SHAPE_ARITHMETIC):
-        return
-    for user in list(node.users):
-        _erase_shape_reader(graph, user)
-    if not node.users:
-        graph.erase_node(node)
-
-
-class _StandIns(dict[Node, Node]):
-    """Hidden node -> a node of its shape that holds one element, in the copied graph; made on demand.
-
-    A hidden value has the shape of its linears but for reshapes, casts and halves, which are repeated.
-    """
-
-    def __init__(self, graph: Graph, match: Match, at: Callable[[Node], Node]) -> None:
-        super().__init__()
-        self.graph, self.at = graph, at
-        self.linears = {
-            node: linear for linear in match.linears[:-1] for node in (*linear.parts, linear.node)
-        }
-        self.inside = set(match.inside)
-
-    def __missing__(self, node: Node) -> Node:
-        linear = self.linears.get(node)
-        if linear is not None:
-            made = self._expanded(self.at(linear.x), linear, self.at(node))
-        else:
-            before = next(arg for arg in node.all_input_nodes if self._is_hidden(arg))
-            made = self[before]
-            if op_name(node) in (*VIEWS, *CASTS, *SPLITS, "getitem", "slice", "select"):
-                with self.graph.inserting_before(self.at(node)):
-                    made = self.graph.node_copy(self.at(node))
-                made.replace_input_with(self.at(before), self[before])
-        self[node] = made
-        return made
-
-    def _is_hidden(self, node: Node) -> bool:
-        """Whether a node descends from a linear of the block, unlike softplus(p0)."""
-        if node in self.linears:
-            return True
-        return node in self.inside and any(map(self._is_hidden, node.all_input_nodes))
-
-    def _expanded(self, x: Node, linear: Linear, before: Node) -> Node:
-        """x.new_empty(()).expand(*x.shape[:-1], d_out), or the same along another axis."""
-        axis = linear.axis or -1
-        with self.graph.inserting_before(before):
-            size = self.graph.call_method("size", (x,))
-            lead = self.graph.call_function(getitem, (size, slice(None, axis)))
-            shape = self.graph.call_function(add, (lead, (linear.d_out,)))
-            if axis != -1:
-                rest = self.graph.call_function(getitem, (size, slice(axis + 1, None)))
-                shape = self.graph.call_function(add, (shape, rest))
-            element = self.graph.call_method("new_empty", (x, ()))
-            return self.graph.call_method("expand", (element, shape))

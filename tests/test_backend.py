@@ -24,7 +24,7 @@ from d2dcompile.errors import (
 )
 from d2dcompile.kernels.expert_mlp import expert_mlp
 from d2dcompile.kernels.expert_mlp.gpu import EXPECTED
-from d2dcompile.passes.insert_moe import operand_names
+from d2dcompile.passes.forms import operand_names
 
 QUICK = d2d.Config(router_epochs=1, expert_size=8)
 
