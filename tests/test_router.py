@@ -198,6 +198,21 @@ def test_a_dead_feature_gets_no_unbounded_weight(planted):
     assert router.stats["iou@0.3"] > 0.6
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_that_no_expert_adds_anything_to_leave_the_router_alive(seed):
+    """A sixth of the tokens are such; scores of zero would run every expert, for others as well."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4000, 16, generator=generator)
+    targets = (x @ torch.randn(16, 12, generator=generator)).relu()
+    targets[x[:, 0] > 1] = 0
+    router = fit_router(x, targets, width=8, seed=seed, epochs=10)
+    scores = router(x)
+    most = scores.amax(1, keepdim=True)
+    assert (most == 0).float().mean() < 0.002
+    assert (scores >= 0.3 * most).float().mean() < 0.55
+    assert router.stats["pearson"] > 0.55
+
+
 def test_progress_counts_epochs(planted):
     seen = []
     x, targets = planted
