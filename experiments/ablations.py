@@ -4,12 +4,13 @@ The reference: ReLU, square Hoyer, balanced k-means on weights, experts of the e
 norms, dynamic k. Base models are those of experiments/digits.py, and are read from its folder if they are
 there. `python -m experiments.ablations`.
 
-- no sparsification: ReLU alone, and GELU alone, as they were trained; L1 in the place of Hoyer.
+- no sparsification: ReLU alone, and GELU alone, as they were trained; L1 in the place of Hoyer, at
+  Hoyer's weight.
 - static k: the same routers, the k best experts of every token.
 - MoEfication's router target: activation sums, cross-entropy, static k.
 - routers: "classify" (MoEfication's target, compared by tau), "centroid" (no training); a tenth of the
   experts shared, so that they always run.
-- expert size: 4 to 256 neurons.
+- expert size: 4 to 64 neurons; all 256 in one leave nothing to choose.
 - clustering: random, and by co-activation.
 - projections: Q, K, V and O replaced by ReLU blocks before the finetuning, and converted too; more is
   converted then, so compare its `model_cost` with the others', not its `cost`.

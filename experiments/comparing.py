@@ -55,17 +55,16 @@ class Comparison:
         return (0.4,) if self.session.quick else BUDGETS
 
     def curves(
-        self, dense: Variant, relu: Variant | None, sparse: Variant, kept: Variant | None
+        self, dense: Variant, relu: Variant, sparse: Variant, kept: Variant | None
     ) -> dict[str, list[lab.Point]]:
         """{method: curve}. relu: for MoEfication and what the penalty brings; kept: GELU with a penalty."""
         found = self._ours("D2DMoE", sparse)
         found |= self._same_experts(sparse)
         if kept is not None:
             found |= self._dynamic("D2DMoE, activation kept", kept)
-        if relu is not None:
-            found |= self._dynamic("D2DMoE, no penalty", relu)
-            found |= self._moefication("MoEfication", relu)
-            found |= self._moefication("MoEfication, sparse model", sparse)
+        found |= self._dynamic("D2DMoE, no penalty", relu)
+        found |= self._moefication("MoEfication", relu)
+        found |= self._moefication("MoEfication, sparse model", sparse)
         found |= self._training_free("", dense)
         found |= self._training_free(", sparse model", sparse)
         return found
@@ -80,7 +79,7 @@ class Comparison:
             return points if points is not None else []
 
         points = self._curve(each, variant, {"budgets": self.budgets}, fitted)
-        return found | ({each: [found[name][0], *points]} if points else {})
+        return found | {each: [found[name][0], *points]}
 
     def _dynamic(self, name: str, variant: Variant) -> dict[str, list[lab.Point]]:
         def measured() -> list[lab.Point]:

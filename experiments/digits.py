@@ -63,7 +63,7 @@ def methods_of(
     curves["D2DMoE"] = lab.dynamic(task, sparse, device, taus)
     found = lab.per_site(task, sparse, device, (0.4,) if quick else EXECUTED)
     if found is not None:
-        curves["D2DMoE, tau per site"] = found
+        curves["D2DMoE, tau per site"] = [curves["D2DMoE"][0], *found]
     curves["static top-k, same router"] = lab.emulated(
         task, sparse, device, lab.static_topk(sparse, shares)
     )

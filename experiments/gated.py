@@ -3,8 +3,8 @@
     python -m experiments.gated           resumes where it was stopped
     python -m experiments.gated --quick   small sizes, one seed
 
-11 M parameters, 8 layers of width 320, on the same text and with the same methods as lm.py, but for
-MoEfication, which is defined for blocks of two matrices. ReLU takes the place of the gate's SiLU.
+11 M parameters, 8 layers of width 320, on the same text and with the same methods as lm.py; MoEfication's
+targets are sums of |relu(gate) up|. ReLU takes the place of the gate's SiLU.
 """
 
 from __future__ import annotations

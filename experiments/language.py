@@ -185,14 +185,13 @@ def run(
     base = lab.trained(shared, "base", task, first, lambda: task.model(None), session.device)
     session.say(f"base: {quality(base, lab.on(session.device, task.test))}")
     origin = lab.key_of(lab.settings_of(task, first))
-    gated = any("gate" in site.params for site in d2d.explain(base, **task.test[0]).sites)
     curves: dict[str, list[list[lab.Point]]] = {}
     dense: list[dict[str, float]] = []
     for seed in session.seeds:
         trainer = Trainer(session, task, sizes, base, origin, seed)
         plain = trainer.variant("dense")
         sparse = trainer.variant("sparse", relu=True, sparsity=sparsity)
-        relu = None if gated else trainer.variant("relu", relu=True)
+        relu = trainer.variant("relu", relu=True)
         still = trainer.variant("kept", sparsity=kept) if kept and seed == 0 else None
         dense.append(quality(plain.model, lab.on(session.device, task.test)))
         session.say(f"seed {seed}: dense {dense[-1]}")

@@ -19,16 +19,8 @@ METHODS = {
     "digits": ("D2DMoE", "D2DMoE, tau per site", "static top-k, same router", "early exit"),
     "ablations": ("reference", "FFN and projections", "co-activation clustering", "static k"),
     "lm": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
-    "gated": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "TEAL", "WINA"),
-    "encoder": (
-        "D2DMoE",
-        "D2DMoE, a tau per site",
-        "static top-k",
-        "MoEfication",
-        "TEAL",
-        "WINA",
-        "early exit",
-    ),
+    "gated": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
+    "encoder": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
 }
 
 

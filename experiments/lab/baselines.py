@@ -84,14 +84,15 @@ class Oracle(ExpertRule):
             self._grams[name] = gram(slabs)
         parts = h.reshape(-1, count, block.site.d_hidden // count)
         norms = expert_norms(parts, self._grams[name]).view(*h.shape[:-1], count)
-        return ~(norms < self.tau * norms.amax(-1, keepdim=True))
+        return (norms > 0) & ~(norms < self.tau * norms.amax(-1, keepdim=True))
 
 
 class Wina(Rule):
     """WINA: per token the inputs of the largest |x_i| ||W_:i||, a fixed share of each matrix's.
 
     Chen et al. 2025, arXiv:2505.19427. The matrices before `down` choose among the block's inputs, each by
-    its own column norms; `down` among the hidden values. Training-free and without a router.
+    its own column norms; `down` among the hidden values. Zeros cost nothing, as TEAL's. Training-free and
+    without a router. All matrices keep the same share; the official code allocates shares greedily.
     """
 
     share = 1.0
@@ -103,7 +104,7 @@ class Wina(Rule):
         key = (block.site.name, role)
         if key not in self._norms:
             self._norms[key] = block.weight(role).float().norm(dim=0)
-        return top(x.abs() * self._norms[key], self.share)
+        return top(x.abs() * self._norms[key], self.share) & (x != 0)
 
     def inputs(self, block: Block, role: str, x: Tensor) -> Tensor:
         return self._mask(block, role, x)

@@ -23,7 +23,8 @@ SHOWN = ("0.8", "0.6", "0.4", "0.3", "0.2")
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """One experiment: a row per method, critical cost and quality at budgets, mean and deviation."""
+    """One experiment: a row per method, critical cost of the mean curve, and quality at budgets, mean and
+    deviation."""
     metric = next(iter(result["metrics"]))
     base = [quality[metric] for quality in result["dense"]]
     percent = ", ".join(f"at {float(budget):.0%}" for budget in SHOWN).replace("%", " %")
@@ -38,19 +39,16 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for method, found in result["summary"].items():
         figures = found[metric]
-        cells = [method, _critical(figures, len(result["seeds"]))]
+        cells = [method, _critical(figures)]
         cells += [_quality(figures["budgets"][budget]) for budget in SHOWN]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"![{result['title']}](results/{result['name']}.png)"]
     return "\n".join(lines)
 
 
-def _critical(figures: Mapping[str, Any], seeds: int) -> str:
-    found = figures["critical"]
-    if found is None:
-        return f"reached by {figures['reached']} of {seeds}" if figures["reached"] else "never"
-    around = f" ± {100 * found['std']:.0f}" * (len(found["values"]) > 1)
-    return f"{100 * found['mean']:.0f}{around} %"
+def _critical(figures: Mapping[str, Any]) -> str:
+    found = figures["critical_of_mean"]
+    return "never" if found is None else f"{100 * found:.0f} %"
 
 
 def _quality(found: Mapping[str, Any] | None) -> str:

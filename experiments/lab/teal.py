@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .emulation import Block, Rule, emulate
 
 LEVELS = 200  # quantiles kept per tensor
-GREEDY_TOKENS = 1024  # of the first batch, that the greedy allocation looks at
+GREEDY_TOKENS = 1024  # that the greedy allocation looks at, of all batches
 STEP = 0.05  # of the block's multiply-adds per greedy step
 
 
@@ -43,16 +43,15 @@ class Teal(Rule):
 
 
 class _Quantiles(Rule):
-    """Records LEVELS + 1 quantiles of |x| and |h| per site, of at most 2^20 values a batch."""
+    """Records LEVELS + 1 quantiles of |x| and |h| per site, of about 2^20 values a batch: whole rows."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], list[Tensor]] = {}
         self.first = 0  # tokens of the first batch
 
     def _see(self, block: Block, which: str, values: Tensor) -> None:
-        flat = values.detach().float().abs().flatten()
-        flat = flat[:: max(1, len(flat) >> 20)]
-        self.found.setdefault((block.site.name, which), []).append(flat)
+        rows = values.detach().flatten(0, -2)[:: max(1, values.numel() >> 20)]
+        self.found.setdefault((block.site.name, which), []).append(rows.float().abs().flatten())
 
     def hidden(self, block: Block, x: Tensor, h: Tensor) -> None:
         self.first = self.first or x.numel() // x.shape[-1]
@@ -79,7 +78,7 @@ def teal(
     greedy: bool = True,
 ) -> Iterator[tuple[float, Rule]]:
     """TEAL at target sparsities of every block; greedy allocation looks at
-    GREEDY_TOKENS tokens of the first batch alone.
+    about GREEDY_TOKENS tokens from all over the batches.
 
     A sparsity is the share of a block's multiply-adds to drop, by the calibration quantiles.
     """
@@ -88,7 +87,7 @@ def teal(
         for batch in batches:
             model(**batch)
     tables = recorder.table()
-    few = _rows(batches[0], recorder.first)
+    few = _spread(batches, recorder.first)
     paths: dict[str, list[tuple[float, float]]] = {}
     for block in blocks:
         if greedy:
@@ -195,8 +194,25 @@ def _stopping(module: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def _rows(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The first rows of a batch, about GREEDY_TOKENS of its tokens."""
-    sizes = [len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+def _spread(batches: Sequence[Mapping[str, Any]], tokens: int) -> dict[str, Any]:
+    """Rows of evenly spaced batches, about GREEDY_TOKENS tokens; `tokens`: of the first batch.
+
+    Of the middle batch alone where the batches' rows differ in shape.
+    """
+    sizes = [len(v) for v in batches[0].values() if isinstance(v, Tensor) and v.dim()]
     count = max(1, -(-GREEDY_TOKENS * max(sizes, default=1) // max(tokens, 1)))
-    return {k: v[:count] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+    number = min(count, len(batches))
+    step, each = len(batches) / number, -(-count // number)
+    chosen = [batches[int(step * (i + 0.5))] for i in range(number)]
+    shapes = {
+        tuple((k, v.shape[1:]) for k, v in batch.items() if isinstance(v, Tensor) and v.dim())
+        for batch in chosen
+    }
+    if len(shapes) > 1:
+        chosen, each = [batches[len(batches) // 2]], count
+    return {
+        k: torch.cat([batch[k][:each] for batch in chosen])
+        if isinstance(v, Tensor) and v.dim()
+        else v
+        for k, v in chosen[0].items()
+    }
