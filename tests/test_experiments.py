@@ -22,6 +22,7 @@ sys.path.append(str(ROOT))
 from experiments import lab, vit  # noqa: E402
 from experiments.lab import baselines, report  # noqa: E402
 from experiments.lab.steps import key_of  # noqa: E402
+from experiments.lab.teal import _Quantiles, _spread  # noqa: E402
 
 D, H, E, R, T = 16, 64, 8, 4, 40
 CPU = torch.device("cpu")
@@ -189,6 +190,37 @@ def test_wina_is_topk_of_input_times_column_norm() -> None:
         assert kept == set(scores[row].topk(round(0.25 * block.site.d_model)).indices.tolist())
 
 
+def test_zeros_cost_rivals_nothing() -> None:
+    """What adds nothing is skipped, and the output stays: by WINA of inputs, by the bound of experts."""
+    net = testing.Stack(1, d=D, h=H)
+    net.blocks[0].act = nn.ReLU()
+    with torch.no_grad():
+        net.blocks[0].up.weight[: H // 2] -= 2.0  # with inputs above zero these stay silent
+    x = torch.rand(T, D)
+    d2d.convert(net, [x], CONFIG, progress=False)
+    exact, blocks = net(x), lab.blocks_of(net, {"x": x})
+    for rules, most in ((lab.wina([1.0]), 0.9), (lab.oracle(net, [0.0]), 0.9)):
+        _, rule = next(rules)
+        with lab.emulate(blocks, rule) as tally:
+            torch.testing.assert_close(net(x), exact)
+        assert tally.cost < most
+
+
+def test_teal_sees_every_neuron_and_every_batch() -> None:
+    block = lab.Block(lab.blocks_of(*gated())[0].site, {}, nn.Linear(1, 1))
+    h = torch.zeros(4096, 1280)
+    h[:, ::5] = 1.0  # a stride of values that divides the width would see these alone
+    recorder = _Quantiles()
+    recorder.hidden(block, h, h)
+    assert recorder.table()[block.site.name, "h"].mean() == pytest.approx(0.2, abs=0.01)
+    batches = [{"x": torch.full((8, 64), float(i)), "scale": 2} for i in range(40)]
+    found = _spread(batches, 8 * 64)
+    assert found["x"].shape == (16, 64) and found["scale"] == 2
+    assert found["x"][:, 0].tolist() == sorted(set(found["x"][:, 0].tolist()))
+    ragged = [{"x": torch.zeros(8, 10 + i)} for i in range(5)]
+    assert _spread(ragged, 80)["x"].shape[1] == 12
+
+
 def test_training_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     """Weights, losses and the penalty's schedule, with dropout, after two interruptions."""
     recipe = lab.Recipe(
@@ -246,6 +278,10 @@ def test_budgets_and_critical_costs_are_read_off_between_points() -> None:
     assert lab.critical(rises, 2.0, "q", False) == pytest.approx(0.5 - 0.25 * 0.02)
     found = lab.summary({"m": [points, dips]}, [{"q": 0.9}] * 2, {"q": True})["m"]["q"]
     assert found["critical"]["mean"] == pytest.approx(sum(found["critical"]["values"]) / 2)
+    mean = lab.mean_curve([points, dips], "q")
+    assert [point.cost for point in mean] == [0.4, 0.5, 0.8, 1.0]
+    assert mean[1].quality["q"] == pytest.approx((0.9 + 0.8) / 2)
+    assert found["critical_of_mean"] == lab.critical(mean, 0.9, "q", True)
     assert found["budgets"]["0.1"] is None and found["budgets"]["0.5"]["max"] == 0.9
 
 

@@ -34,7 +34,7 @@ like any token), as a share of the dense ones: `Point.cost` of the converted blo
 """
 
 from .baselines import SHARES, Oracle, StaticTopK, Threshold, Wina, oracle, static_topk, wina
-from .curves import BUDGETS, at_budget, critical, gaps, summary
+from .curves import BUDGETS, at_budget, critical, gaps, mean_curve, summary
 from .early_exit import MultiExit, early_exit, exits_task
 from .emulation import Block, Rule, Tally, blocks_of, emulate
 from .methods import (
@@ -91,6 +91,7 @@ __all__ = [
     "fit_moefication",
     "gaps",
     "key_of",
+    "mean_curve",
     "moefication",
     "moved",
     "narrower",
