@@ -98,7 +98,13 @@ class Variants:
         blocks = lab.blocks_of(reference, calibration[0])
         routers = self.steps.tensors(
             "ablation-moefication",
-            {**key, "expert": sizes.expert, "router": sizes.router, "epochs": sizes.epochs},
+            {
+                **key,
+                "expert": sizes.expert,
+                "router": sizes.router,
+                "epochs": sizes.epochs,
+                "code": lab.code(),
+            },
             lambda: lab.fit_moefication(
                 reference, blocks, calibration, width=sizes.router, epochs=sizes.epochs
             ),

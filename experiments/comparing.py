@@ -164,6 +164,7 @@ class Comparison:
             return points
 
         full = {**variant.settings, **settings, "config": vars(self.config), "curve": name}
+        full["code"] = lab.code()
         slug = name.lower().replace(" ", "-").replace(",", "")
         torch.manual_seed(0)
         return [lab.Point.of(p) for p in self.steps.value(f"curve-{slug}", full, run)]

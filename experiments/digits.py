@@ -45,6 +45,7 @@ def methods_of(
     def moefication(model: nn.Module, name: str, key: dict[str, Any]) -> list[lab.Point]:
         blocks = lab.blocks_of(model, calibration[0])
         settings = {**key, "expert": sizes.expert, "router": sizes.router, "epochs": sizes.epochs}
+        settings["code"] = lab.code()
         routers = steps.tensors(
             name,
             settings,

@@ -333,3 +333,14 @@ def test_early_exit_pays_for_the_layers_and_heads_that_an_example_passes() -> No
     labels = task.test[0]["labels"]
     losses = [nn.functional.cross_entropy(logits, labels) for logits in model(**task.test[0])]
     assert loss.item() == pytest.approx(sum(found.item() for found in losses) / sizes.layers)
+
+
+def test_other_code_converts_anew_and_the_same_code_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = lab.Steps(tmp_path)
+    for code, folders in (("one", 1), ("one", 1), ("other", 2)):
+        monkeypatch.setattr(lab.methods, "code", lambda code=code: code)
+        lab.converted(steps, "experts", {"seed": 0}, task(), Regression(), CONFIG, CPU)
+        assert len(list(tmp_path.glob("experts-*"))) == folders
+    assert len(lab.code()) == 12

@@ -51,7 +51,7 @@ from .methods import (
 from .moefication import MoEfication, fit_moefication, moefication
 from .results import ROOT
 from .session import Session, session
-from .steps import Steps, key_of
+from .steps import Steps, code, key_of
 from .task import Batch, Task
 from .teal import Teal, teal
 from .training import History, Recipe, moved, settings_of, train, trained
@@ -80,6 +80,7 @@ __all__ = [
     "Wina",
     "at_budget",
     "blocks_of",
+    "code",
     "converted",
     "critical",
     "dense_point",

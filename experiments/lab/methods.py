@@ -16,7 +16,7 @@ from d2dcompile.attachment import states
 from d2dcompile.probe import flop_counter
 
 from .emulation import Rule, blocks_of, emulate
-from .steps import Steps
+from .steps import Steps, code
 from .task import Batch, Task
 from .training import moved
 
@@ -65,7 +65,8 @@ def converted(
     def make(folder: Path) -> None:
         d2d.convert(model, batches, config, progress=False).save(folder)
 
-    folder = steps.folder_of(name, {**settings, "config": asdict(config)}, make)
+    key = {**settings, "config": asdict(config), "code": code()}
+    folder = steps.folder_of(name, key, make)
     conversion = d2d.load(folder)
     conversion.attach(model)
     return conversion

@@ -12,6 +12,8 @@ import torch
 
 import d2dcompile as d2d
 
+from .steps import code
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 
@@ -24,6 +26,7 @@ def versions() -> dict[str, str]:
         "d2dcompile": d2d.__version__,
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
+        "code": code(),
     }
 
 

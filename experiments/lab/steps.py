@@ -1,8 +1,9 @@
 """Steps: named results in a folder, made once, found again, never mixed up.
 
 A result's file is `<name>-<key>`, where the key is a hash of the settings it was made with: other
-settings are another file, so a changed experiment never resumes from an old state. Files appear by
-renaming, so a killed process leaves none half-written.
+settings are another file, so an experiment of other settings never resumes from an old state. What the
+library or a rival makes has `code` among its settings. Files appear by renaming, so a killed process leaves
+none half-written.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,29 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+import d2dcompile
+import d2dcompile.passes
+
+HERE = Path(__file__).parent
+
 
 def key_of(settings: Mapping[str, Any]) -> str:
     """Twelve hex digits that settings with other values do not share; TypeError for what JSON lacks."""
     text = json.dumps(settings, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def code() -> str:
+    """Twelve hex digits of the Python code that converts and measures: the library's and this folder's.
+
+    Part of the keys of what is made by it, so that a mended fit or rival is run anew; trainings are not.
+    """
+    found = hashlib.sha256()
+    for folder in (Path(d2dcompile.__file__).parent, Path(d2dcompile.passes.__file__).parent, HERE):
+        for path in sorted(folder.glob("*.py")):
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 class Partial:
