@@ -32,8 +32,8 @@ class Sizes:
     Attributes:
         width, layers, heads, hidden: of the ViT.
         dense, finetune: optimizer steps of the dense model, and of what follows from it.
-        rate: learning rate of what follows from it, here that of the dense model: a quarter of it, for a
-            third of the steps, left the finetuned models behind the dense one on validation images.
+        rate: learning rate of what follows from it, here that of the dense model: a quarter of it left the
+            finetuned models behind the dense one on the first seed's validation images.
         batch: images a step.
         expert, router: neurons per expert, and units of a router, which is small because the blocks are.
         epochs: of router fits.

@@ -16,7 +16,13 @@ from experiments.lab import report  # noqa: E402
 from experiments.text import fragments, split_of, standard_library  # noqa: E402
 
 METHODS = {
-    "digits": ("D2DMoE", "D2DMoE, tau per site", "static top-k, same router", "early exit"),
+    "digits": (
+        "D2DMoE",
+        "D2DMoE, tau per site",
+        "static top-k, same router",
+        "MoEfication",
+        "early exit",
+    ),
     "ablations": ("reference", "FFN and projections", "co-activation clustering", "static k"),
     "lm": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
     "gated": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 import d2dcompile
+import d2dcompile.kernels
 import d2dcompile.passes
 
 HERE = Path(__file__).parent
@@ -33,14 +34,14 @@ def key_of(settings: Mapping[str, Any]) -> str:
 
 @cache
 def code() -> str:
-    """Twelve hex digits of the Python code that converts and measures: the library's and this folder's.
+    """Twelve hex digits of the code that converts and measures: the library's and this folder's.
 
     Part of the keys of what is made by it, so that a mended fit or rival is run anew; trainings are not.
     """
-    found = hashlib.sha256()
-    for folder in (Path(d2dcompile.__file__).parent, Path(d2dcompile.passes.__file__).parent, HERE):
-        for path in sorted(folder.glob("*.py")):
-            found.update(path.name.encode() + path.read_bytes())
+    found, library = hashlib.sha256(), (d2dcompile, d2dcompile.passes, d2dcompile.kernels)
+    for folder in (HERE, *(Path(str(module.__file__)).parent for module in library)):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
+            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
 
