@@ -18,7 +18,7 @@ from torch.nn import functional
 
 LEARNING_RATE = 5e-3  # Adam, warmed up, then a cosine to zero; 2e-3 was worse on MiniLM
 STEPS_PER_EPOCH = 64  # batches are chosen for it, between 32 and 1024 tokens
-HUBER = 0.1  # relative errors above it count linearly
+HUBER = 1.0  # relative errors above it count linearly: medians, which for sparse targets are zero
 QUIET = 1e-3  # of the mean target
 CHECKS = 10  # validations during a fit; the best one is kept
 
@@ -127,17 +127,39 @@ def raw(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return (x @ w1.T).relu() @ w2.T
 
 
-def relative_loss(raw: Tensor, goal: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class RelativeLoss:
     """Huber loss of the error relative to the largest target of each row.
 
-    Rows whose largest target is below QUIET count less, down to nothing at 0: whatever runs there adds
-    nothing, and a fit that has to answer with zeros turns its units off, for other tokens too.
+    A row without a target, to which no expert adds anything, wants as few experts as can be; but scores of
+    zero run them all, and a fit that has to answer with zeros turns its units off, for other tokens too.
+    There the busiest expert of the site is wanted alone. Those rows weigh no more than the others together.
+
+    Attributes:
+        resting: the target [E] of rows whose own is nothing.
+        weight: of such a row, 0..1.
     """
-    most = goal.amax(1, keepdim=True)
-    divisor = most.clamp_min(QUIET)
-    error = (raw - goal) / divisor
-    loss = functional.smooth_l1_loss(error, torch.zeros_like(error), beta=HUBER, reduction="none")
-    return (loss * (most / divisor)).mean()
+
+    resting: Tensor
+    weight: float
+
+    @classmethod
+    def of(cls, goal: Tensor) -> RelativeLoss:
+        """For targets goal [T, E] of mean 1."""
+        most = goal.amax(1)
+        heard = most[most >= QUIET]
+        resting = torch.zeros_like(goal[0])
+        resting[goal.mean(0).argmax()] = heard.median() if len(heard) else 1.0
+        return cls(resting, min(1.0, len(heard) / max(len(most) - len(heard), 1)))
+
+    def __call__(self, raw: Tensor, goal: Tensor) -> Tensor:
+        """The mean [] over raw and goal [T, E]."""
+        quiet = (1 - goal.amax(1, keepdim=True) / QUIET).clamp_min(0)
+        goal = goal + quiet * self.resting
+        error = (raw - goal) / goal.amax(1, keepdim=True).clamp_min(QUIET)
+        zero = torch.zeros_like(error)
+        loss = functional.smooth_l1_loss(error, zero, beta=HUBER, reduction="none")
+        return (loss * (1 - quiet * (1 - self.weight))).mean()
 
 
 def cross_entropy(scale: Tensor, raw: Tensor, goal: Tensor) -> Tensor:

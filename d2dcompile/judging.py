@@ -28,9 +28,9 @@ def judge(scores: Tensor, goal: Tensor) -> dict[str, float]:
     stats = {"r2": 1 - ((scores - goal).square().sum() / spread).item()}
     for tau in TAUS:
         chosen = ~(scores < tau * scores.amax(1, keepdim=True))
-        exact = ~(goal < tau * goal.amax(1, keepdim=True))
+        exact = (goal > 0) & (goal >= tau * goal.amax(1, keepdim=True))
         both = (chosen & exact).sum().item()
-        stats[f"recall@{tau}"] = both / exact.sum().item()
+        stats[f"recall@{tau}"] = both / max(exact.sum().item(), 1)
         stats[f"iou@{tau}"] = both / (chosen | exact).sum().item()
         stats[f"share@{tau}"] = chosen.float().mean().item()
         stats[f"exact_share@{tau}"] = exact.float().mean().item()

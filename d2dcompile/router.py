@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
-from .fitting import Data, cross_entropy, raw, relative_loss, train
+from .fitting import Data, RelativeLoss, cross_entropy, raw, train
 from .judging import judge
 
 LEVEL = 0.25  # relative target that the median pair is moved to; .12 to .35 in MiniLM's layers
@@ -160,7 +160,7 @@ def fit_routers(
             fitted, held = _split(len(x), x.device)
             scale = goal.mean().clamp_min(1e-30)
             goal /= scale
-            loss = partial(cross_entropy, scale) if classify else relative_loss
+            loss = partial(cross_entropy, scale) if classify else RelativeLoss.of(goal)
             data.append(Data(x.detach(), goal, scale_in, fitted, held, loss))
             scales.append(scale)
             exponents.append(exponent)

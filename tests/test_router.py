@@ -213,6 +213,28 @@ def test_tokens_that_no_expert_adds_anything_to_leave_the_router_alive(seed):
     assert router.stats["pearson"] > 0.55
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_sparse_targets_of_mostly_silent_tokens_give_no_scores_of_zero(seed):
+    """Most tokens want nothing, the others few experts, which can only be guessed: no reason to run all."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4000, 16, generator=generator)
+    targets = (x @ torch.randn(16, 24, generator=generator) - 2).relu()
+    targets *= torch.rand(targets.shape, generator=generator) < 0.5
+    targets[x[:, 0] < 0.5] = 0
+    silent = targets.amax(1) == 0
+    router = fit_router(x, targets, width=16, seed=seed, epochs=10)
+    scores = router(x)
+    most = scores.amax(1, keepdim=True)
+    chosen = scores >= 0.3 * most
+    assert silent.float().mean() > 0.6
+    assert (most == 0).float().mean() < 0.002
+    assert chosen[silent].float().mean() < 0.15
+    assert chosen.float().mean() < 0.2
+    wanted = targets >= 0.3 * targets.amax(1, keepdim=True)
+    wanted &= ~silent[:, None]
+    assert (chosen & wanted).sum() > 0.6 * wanted.sum()
+
+
 def test_progress_counts_epochs(planted):
     seen = []
     x, targets = planted
