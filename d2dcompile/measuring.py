@@ -185,9 +185,9 @@ def measure(model: nn.Module, batches: Iterable[Any]) -> Stats:
 def counting(model: nn.Module) -> Iterator[tuple[Callable[..., Any], Stats]]:
     """The model at its present tau as a function, and what it executed: outputs and costs of the same pass.
 
-    The function takes a batch's arguments and runs the model's own experts and routers, uncompiled, in eval
-    mode without gradients. The stats count its calls as batches, and are complete when the block ends. Errors as
-    `measure`.
+    The function takes a batch's arguments and runs experts chosen by the real routers, uncompiled, in eval
+    mode without gradients. The stats count its calls as batches, and are complete when the block ends.
+    Errors as `measure`.
     """
     attached = states(model)
     if not attached:

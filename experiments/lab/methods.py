@@ -79,8 +79,8 @@ def dynamic(
 ) -> list[Point]:
     """D2DMoE over tau: a number each, or {site: tau}; the model has an attached conversion.
 
-    Quality and costs, which are `d2d.measure`'s, come from one pass over the test batches that runs the graphs
-    which `torch.compile(model, backend="d2dmoe")` runs, uncompiled and with their experts counted.
+    Quality and costs, which are `d2d.measure`'s, come from one pass over the test batches: the rewritten
+    graphs of `torch.compile(model, backend="d2dmoe")`, uncompiled and with their experts counted.
     """
     batches = on(device, task.test)
     points = []
