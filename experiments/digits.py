@@ -58,23 +58,23 @@ def methods_of(
     def channels(model: nn.Module, name: str) -> None:
         blocks = lab.blocks_of(model, calibration[0])
         dropped = lab.teal(model, blocks, calibration, sparsities)
-        curves[f"TEAL, {name}"] = lab.emulated(task, model, device, dropped)
-        curves[f"WINA, {name}"] = lab.emulated(task, model, device, lab.wina(shares))
+        curves[f"TEAL{name}"] = lab.emulated(task, model, device, dropped)
+        curves[f"WINA{name}"] = lab.emulated(task, model, device, lab.wina(shares))
 
     curves["D2DMoE"] = lab.dynamic(task, sparse, device, taus)
     found = lab.per_site(task, sparse, device, (0.4,) if quick else EXECUTED)
     if found is not None:
-        curves["D2DMoE, tau per site"] = [curves["D2DMoE"][0], *found]
-    curves["static top-k, same router"] = lab.emulated(
+        curves["D2DMoE, a tau per site"] = [curves["D2DMoE"][0], *found]
+    curves["static top-k"] = lab.emulated(
         task, sparse, device, lab.static_topk(sparse, shares)
     )
     curves["MoEfication"] = moefication(relu, "moefication", relu_key)
-    curves["MoEfication, sparsified model"] = moefication(sparse, "moefication-sparse", sparse_key)
-    curves["D2DMoE with true norms (bound)"] = lab.emulated(
+    curves["MoEfication, sparse model"] = moefication(sparse, "moefication-sparse", sparse_key)
+    curves["oracle"] = lab.emulated(
         task, sparse, device, lab.oracle(sparse, taus)
     )
-    channels(dense, "dense model")
-    channels(sparse, "sparsified model")
+    channels(dense, "")
+    channels(sparse, ", sparse model")
     exits, _ = stages.exits()
     curves["early exit"] = lab.early_exit(task, exits, device)
     narrow = [round(share * sizes.hidden) for share in (NARROW[:1] if quick else NARROW)]

@@ -18,8 +18,8 @@ from experiments.text import fragments, split_of, standard_library  # noqa: E402
 METHODS = {
     "digits": (
         "D2DMoE",
-        "D2DMoE, tau per site",
-        "static top-k, same router",
+        "D2DMoE, a tau per site",
+        "static top-k",
         "MoEfication",
         "early exit",
     ),

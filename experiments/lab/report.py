@@ -1,11 +1,12 @@
-"""Write the README's tables of experiments from results/*.json: `python -m experiments.lab.report`.
+"""Write the tables of experiments from results/*.json: `python -m experiments.lab.report`.
 
-They stand between two comments, which the README has to hold once each:
+A summary into the README, all tables into docs/experiments.md; in each between two comments, which have to
+be there once each:
 
     <!-- experiments:begin -->
     <!-- experiments:end -->
 
-With --check nothing is written, and the exit status says whether the README is up to date.
+With --check nothing is written, and the exit status says whether both are up to date.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ from .results import RESULTS, ROOT, read
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
 SHOWN = ("0.8", "0.6", "0.4", "0.3", "0.2")
+COMPARED = {
+    "D2DMoE": "D2DMoE",
+    "D2DMoE, a tau per site": "a tau per block",
+    "static top-k": "static top-k",
+    "MoEfication": "MoEfication",
+    "TEAL, sparse model": "TEAL, sparse model",
+    "WINA, sparse model": "WINA, sparse model",
+    "TEAL": "TEAL",
+    "WINA": "WINA",
+}  # methods of the summary, and what they are called there
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -42,7 +53,25 @@ def table(result: Mapping[str, Any]) -> str:
         cells = [method, _critical(figures)]
         cells += [_quality(figures["budgets"][budget]) for budget in SHOWN]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"![{result['title']}](results/{result['name']}.png)"]
+    lines += ["", f"![{result['title']}](../results/{result['name']}.png)"]
+    return "\n".join(lines)
+
+
+def overview(results: Sequence[Mapping[str, Any]]) -> str:
+    """A row per experiment that compares methods: the critical cost of each, by its first metric."""
+    lines = [
+        "| " + " | ".join(("experiment", "dense", *COMPARED.values())) + " |",
+        "|" + "---|" * (len(COMPARED) + 2),
+    ]
+    for result in results:
+        metric, summary = next(iter(result["metrics"])), result["summary"]
+        if not set(COMPARED) <= set(summary):
+            continue
+        base = [quality[metric] for quality in result["dense"]]
+        cells = [f"{result['title']} (`{result['command']}`)"]
+        cells.append(f"{metric} {sum(base) / len(base):.4g}")
+        cells += [_critical(summary[method][metric]) for method in COMPARED]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -57,16 +86,16 @@ def _quality(found: Mapping[str, Any] | None) -> str:
     return f"{found['mean']:.4g}" + f" ± {found['std']:.2g}" * (len(found["values"]) > 1)
 
 
-def tables(folder: Path = RESULTS) -> str:
-    """All experiments of a folder, by name."""
-    found = [read(path) for path in sorted(folder.glob("*.json"))]
-    return "\n\n".join(table(result) for result in found if "summary" in result)
+def found(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results of experiments of a folder, by name."""
+    results = [read(path) for path in sorted(folder.glob("*.json"))]
+    return [result for result in results if "summary" in result]
 
 
 def replaced(text: str, inside: str) -> str:
     """The text with what stands between the markers replaced; ValueError unless each is there once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"Expected {BEGIN} and then {END}, once each, in the README; add them.")
+        raise ValueError(f"Expected {BEGIN} and then {END}, once each, in the page; add them.")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{inside}\n{END}{rest.split(END)[1]}"
 
@@ -76,13 +105,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.lab.report")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     given = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = replaced(before, tables())
-    if given.check:
-        return int(after != before)
-    readme.write_text(after)
-    return 0
+    results = found()
+    pages = {
+        ROOT / "README.md": overview(results),
+        ROOT / "docs" / "experiments.md": "\n\n".join(map(table, results)),
+    }
+    old = 0
+    for path, inside in pages.items():
+        before = path.read_text()
+        after = replaced(before, inside)
+        old += after != before
+        if not given.check:
+            path.write_text(after)
+    return int(given.check and old > 0)
 
 
 if __name__ == "__main__":
