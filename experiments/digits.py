@@ -65,14 +65,10 @@ def methods_of(
     found = lab.per_site(task, sparse, device, (0.4,) if quick else EXECUTED)
     if found is not None:
         curves["D2DMoE, a tau per site"] = [curves["D2DMoE"][0], *found]
-    curves["static top-k"] = lab.emulated(
-        task, sparse, device, lab.static_topk(sparse, shares)
-    )
+    curves["static top-k"] = lab.emulated(task, sparse, device, lab.static_topk(sparse, shares))
     curves["MoEfication"] = moefication(relu, "moefication", relu_key)
     curves["MoEfication, sparse model"] = moefication(sparse, "moefication-sparse", sparse_key)
-    curves["oracle"] = lab.emulated(
-        task, sparse, device, lab.oracle(sparse, taus)
-    )
+    curves["oracle"] = lab.emulated(task, sparse, device, lab.oracle(sparse, taus))
     channels(dense, "")
     channels(sparse, ", sparse model")
     exits, _ = stages.exits()
