@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .ir import Conversion, Experts, Site
 from .layout import digest
+from .state import present
 
 FORMAT = "d2dmoe"
 VERSION = 1
@@ -36,6 +37,7 @@ KEYS = ("format", "version", "config", "dense", "sites", "tensors", "sha256")
 def save(conversion: Conversion, folder: str | os.PathLike[str]) -> None:
     """Write a conversion to a folder, replacing only an earlier conversion's two files there.
 
+    Rules and taus are those set last on a model it is attached to (`set_tau`, `fit_tau`, `set_rule`).
     Both files are written to a fresh folder beside it first and moved at the end, tensors before JSON,
     so that a crash leaves either the old pair or a pair whose hashes do not fit and is refused.
     """
@@ -99,13 +101,14 @@ def entry(tensor: Tensor) -> dict[str, Any]:
 
 
 def _site_json(experts: Experts) -> dict[str, Any]:
+    rule, number = present(experts)
     site = {field.name: getattr(experts.site, field.name) for field in fields(Site)}
     site.update(params=dict(experts.site.params), biases=dict(experts.site.biases))
     return {
         "site": site,
         "plan": asdict(experts.plan),
-        "tau": experts.tau,
-        **({} if experts.rule == "max" else {"rule": experts.rule}),  # as files were before rules
+        "tau": number,
+        **({} if rule == "max" else {"rule": rule}),  # as files were before rules
         "hashes": {role: dict(known) for role, known in experts.hashes.items()},
         "stats": dict(experts.stats),
     }

@@ -24,14 +24,15 @@ import torch
 
 from . import gpu_tuning, tuning
 from .cli_print import print_bench, print_compiled, print_entries
+from .config import Config
 from .errors import D2DError, TuningError
 from .ir import Conversion
 from .kernels.native import Spec
+from .plan import sized
 from .store import STORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPE = re.compile(r"(\d+)x(\d+)\s+(.+?)(?:\s+(fp32|bf16|fp16))?")
-EXPERT_SIZE, ROUTER = 64, 128  # of a shape that says nothing else
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="to run in; by default fp32 and bf16, of a conversion on a GPU bf16",
     )
+    both.add_argument(
+        "--expert-size", type=int, help="of a shape, neurons aimed at; default Config.expert_size"
+    )
+    both.add_argument("--router-width", type=int, help="of a shape; default Config.router_width")
     both.add_argument("--threads", type=int, help="of the kernels; by default torch's")
     both.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -108,7 +113,8 @@ def _target(given: argparse.Namespace) -> tuple[Conversion | list[Spec], list[to
     name = given.dtype or (shape[4] if shape is not None else None)
     dtypes = [DTYPES[name]] if name else []
     if shape is not None:
-        return [_shape(shape, bf16) for bf16 in (False, True)[: 2 - len(dtypes)]], dtypes
+        config = _config(given)
+        return [_shape(shape, bf16, config) for bf16 in (False, True)[: 2 - len(dtypes)]], dtypes
     if not Path(given.target).is_dir():
         raise TuningError(
             f"{given.target!r} is neither the folder of a saved conversion nor a shape such as "
@@ -119,17 +125,25 @@ def _target(given: argparse.Namespace) -> tuple[Conversion | list[Spec], list[to
     return load(given.target), dtypes
 
 
-def _shape(found: re.Match[str], bf16: bool) -> Spec:
+def _config(given: argparse.Namespace) -> Config:
+    """How a shape is split: as `convert` splits a block of it by default, but for what was said."""
+    sizes = {"expert_size": given.expert_size, "router_width": given.router_width}
+    return Config.from_env(**{name: size for name, size in sizes.items() if size is not None})
+
+
+def _shape(found: re.Match[str], bf16: bool, config: Config) -> Spec:
     from .expr import parse
 
     d, hidden, activation = int(found[1]), int(found[2]), found[3]
     parse(activation)
-    if not d or not hidden or hidden % EXPERT_SIZE:
+    split = sized(hidden, config) if d and hidden else "there is nothing to compute"
+    if isinstance(split, str):
         raise TuningError(
-            f"{d}x{hidden}: expected D features and H hidden neurons, a multiple of {EXPERT_SIZE}."
+            f"{d}x{hidden}: {split}; expected D features and H hidden neurons that experts of about "
+            f"{config.expert_size} divide. Give another --expert-size."
         )
-    experts, gated = hidden // EXPERT_SIZE, bool(re.search(r"\bgate\b", activation))
-    return Spec(d, d, experts, EXPERT_SIZE, ROUTER, gated, bf16, activation)
+    gated = bool(re.search(r"\bgate\b", activation))
+    return Spec(d, d, split.experts, split.expert_size, split.router_width, gated, bf16, activation)
 
 
 def _threads(given: argparse.Namespace) -> None:

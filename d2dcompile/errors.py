@@ -86,7 +86,7 @@ class D2DWarning(UserWarning):
 
 
 class CalibrationWarning(D2DWarning):
-    """The calibration data is too small for the routers to be trusted."""
+    """The data is too small, or a metric too coarse, for what is fitted to it to be trusted."""
 
 
 class DenseFallbackWarning(D2DWarning):

@@ -134,7 +134,7 @@ class Schedule:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Experts:
     """The conversion of one site.
 

@@ -35,6 +35,11 @@ def plan(site: Site, config: Config) -> Plan | str:
                 "that some are chosen."
             )
         return _planned(config.experts, hidden, config)
+    return sized(hidden, config)
+
+
+def sized(hidden: int, config: Config) -> Plan | str:
+    """The split of so many hidden neurons by `config.expert_size`, as `plan` says, or why there is none."""
     target = min(config.expert_size, max(1, hidden // 4))
     divisors = [f for f in _divisors(hidden) if f < hidden]
     fits = [f for f in divisors if target / 2 <= f <= 2 * target]

@@ -6,15 +6,19 @@ alike, or as an `Allocation` around the last solution says. Targets are measured
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, overload
 
+import torch
 from torch import nn
 
 from .allocating import Path, Setting, Shares, allocate, straight
 from .attachment import attached, set_numbers, states
-from .errors import BudgetError, CalibrationError
+from .capture import unwrap
+from .errors import BudgetError, CalibrationError, CalibrationWarning
 from .harm import Distance, survey
 from .measuring import Measuring, Stats, measure
 from .pacing import Pace
@@ -48,11 +52,26 @@ class Search:
     _outside: int | None = None
     _pace: Pace | None = None
 
+    @cached_property
+    def runnable(self) -> nn.Module:
+        """What a metric is called with: the model as given if it is compiled, else compiled here.
+
+        A converted model that nobody compiled runs dense, so that every tau would have one quality.
+        """
+        in_place = getattr(self.model, "_compiled_call_impl", None) is not None
+        if in_place or unwrap(self.model) is not self.model:
+            return self.model
+        compiled = torch.compile(
+            self.model, backend="d2dmoe", dynamic=True, options={"inner": "eager"}
+        )
+        assert isinstance(compiled, nn.Module)
+        return compiled
+
     def excess(self, setting: Setting) -> float:
         """How far above the target a setting is; sets it."""
         set_numbers(self.model, setting)
         if self.metric is not None:
-            return float(self.metric(self.model)) - self.target
+            return float(self.metric(self.runnable)) - self.target
         if self.name == "time":
             self._pace = self._pace or Pace(self.model, self.batches)
             ratio, self.noise = self._pace.ratio(setting)
@@ -146,7 +165,8 @@ def fit_tau(
         site_macs: the same of the converted blocks alone.
         time: of the model compiled with backend="d2dmoe", as a share of that at tau = 0, medians of runs
             that take turns; met within what those vary.
-        quality: a floor of `metric(model)`, larger being better.
+        quality: a floor of `metric(model)`, larger being better. metric is called with the model compiled, by
+            the caller or else here with backend="d2dmoe"; it has to run what it is given, without gradients.
         per_site: give {site name: tau} instead of one number. Sites whose skipped experts harm the output
             least are made sparser: least total `distance` to the dense output for a cost, or least
             multiply-adds of the converted blocks for a quality. One tau for all is given where that is
@@ -240,7 +260,16 @@ def _largest_above(excess: Callable[[float], float]) -> float:
         raise BudgetError(
             f"The quality at tau = 0, the dense model, is {-least:.4f} below the floor. Ask for less."
         )
-    if excess(high) >= 0:
+    most = excess(high)
+    if most == least:
+        warnings.warn(
+            f"metric(model) is {least:+.4g} from the floor both where everything runs and where the fewest "
+            "experts do. Expected a difference: metric has to run the model that it is given, without "
+            "gradients, on data enough to tell.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    if most >= 0:
         return high
     for _ in range(EVALUATIONS // 2):
         middle = (low + high) / 2

@@ -34,6 +34,14 @@ def meaning(activation: str) -> str:
     return str(quiet(without_casts(parse(activation))))
 
 
+_NUMBERS: weakref.WeakKeyDictionary[Experts, tuple[str, float]] = weakref.WeakKeyDictionary()
+
+
+def present(experts: Experts) -> tuple[str, float]:
+    """The rule and its number that were set last where these experts are attached; else their defaults."""
+    return _NUMBERS.get(experts, (experts.rule, experts.tau))
+
+
 @dataclass(frozen=True, eq=False)
 class Learning:
     """A router while it learns: router1 [R, D], router2 [E, R] fp32, and aims [3] (see kernels.credit)."""
@@ -52,7 +60,7 @@ class State:
         self._weights = {role: weakref.ref(weight) for role, weight in weights.items()}
         self._tau: dict[torch.device, Tensor] = {}
         self._cache: dict[str, Any] = {}
-        self.rule, self.tau = experts.rule, experts.tau
+        self.rule, self.tau = _NUMBERS[experts] = experts.rule, experts.tau
         self.exact: float | None = None  # see Choice
         self._shared = float(experts.shared.float().mean())
         self.meaning = meaning(experts.site.activation)
@@ -124,6 +132,7 @@ class State:
     def set_value(self, value: float) -> None:
         """Change the rule's number in place, on every device it was used on: tau, k or p."""
         self.tau = value
+        _NUMBERS[self.experts] = self.rule, value
         for device, held in self._tau.items():
             held.copy_(tau_bits(value, device))
         self.steer()

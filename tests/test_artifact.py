@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import d2dcompile as d2d
-from d2dcompile import artifact, reading
+from d2dcompile import artifact, reading, testing
 from d2dcompile.artifact import JSON_NAME, TENSORS_NAME
 from d2dcompile.errors import ArtifactError
 from d2dcompile.ir import Conversion, Experts, Plan, Site
@@ -198,6 +198,22 @@ def test_same_conversion_gives_the_same_bytes(tmp_path):
     d2d.load(tmp_path / "one").save(tmp_path / "three")
     for name in (JSON_NAME, TENSORS_NAME):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+
+
+def test_a_saved_conversion_runs_at_the_numbers_that_were_set_last(tmp_path):
+    model = testing.Stack(depth=2)
+    conversion = d2d.convert(
+        model, [torch.randn(64, 16)], d2d.Config(expert_size=16), progress=False
+    )
+    first, second = conversion.experts
+    d2d.set_tau(model, {first: 0.25})
+    d2d.set_rule(model, "top_k", {second: 2})
+    del model
+    conversion.save(tmp_path)
+    torch.manual_seed(0)
+    again = d2d.load(tmp_path)
+    assert [(e.rule, e.tau) for e in again.experts.values()] == [("max", 0.25), ("top_k", 2.0)]
+    assert [(e.rule, e.tau) for e in conversion.experts.values()] == [("max", 0.0)] * 2
 
 
 def test_saving_replaces_an_earlier_conversion_and_nothing_else(folder):

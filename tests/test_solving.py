@@ -15,7 +15,7 @@ import d2dcompile as d2d
 from d2dcompile import solving, testing
 from d2dcompile.allocating import hull, of_curves
 from d2dcompile.attachment import states
-from d2dcompile.errors import BudgetError, CalibrationError, NoConversionError
+from d2dcompile.errors import BudgetError, CalibrationError, CalibrationWarning, NoConversionError
 from d2dcompile.harm import default, survey
 from d2dcompile.measuring import Measuring
 
@@ -134,22 +134,30 @@ def test_on_held_out_digits_per_site_saves_a_tenth_at_equal_quality() -> None:
 
 
 def test_a_quality_floor_is_kept_at_less_work() -> None:
+    """The metric runs what it is given: called by hand, a converted model runs dense."""
     model, x = uneven(), torch.cat(batches())
     exact = model(x).detach()
-    fast = torch.compile(model, backend="d2dmoe", options={"inner": "eager"})
 
     @torch.no_grad()
     def closeness(net: torch.nn.Module) -> float:
-        return -float((fast(x) - exact).square().mean())
+        return -float((net(x) - exact).square().mean())
 
     floor = -0.02 * float(exact.square().mean())
     given = {"quality": floor, "metric": closeness}
-    tau = d2d.fit_tau(model, batches(), **given)
+    fast = torch.compile(model, backend="d2dmoe", options={"inner": "eager"})
+    tau = d2d.fit_tau(fast, batches(), **given)
+    assert tau == d2d.fit_tau(model, batches(), **given)
     single = d2d.measure(model, batches()).macs
     found = d2d.fit_tau(model, batches(), per_site=True, **given)
-    assert closeness(model) >= floor and 0 < tau < 1
+    assert closeness(fast) >= floor and 0 < tau < 1
     assert d2d.measure(model, batches()).macs < 0.95 * single
     assert found["blocks.1"] > found["blocks.0"]
+
+
+def test_a_metric_that_does_not_run_the_experts_is_told_of() -> None:
+    model, x = uneven(), torch.cat(batches())
+    with pytest.warns(CalibrationWarning, match="run the model that it is given"), torch.no_grad():
+        d2d.fit_tau(model, batches(), quality=-1.0, metric=lambda net: float(model(x).sum() * 0))
 
 
 def test_passes_over_the_batches_are_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:

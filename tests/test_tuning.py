@@ -261,13 +261,24 @@ def test_targets() -> None:
 def test_commands(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", "64x1024 gelu(up) fp32", "--budget", "0.001s", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made[0]["spec"]["experts"] == 16 and not made[0]["spec"]["gated"]
+    assert made[0]["spec"]["experts"] == 32 and not made[0]["spec"]["gated"]
     assert cli.main(["tune", "show"]) == 0
-    assert "64 x 1024 (16 experts) fp32: gelu(up)" in capsys.readouterr().out
+    assert "64 x 1024 (32 experts) fp32: gelu(up)" in capsys.readouterr().out
     assert cli.main(["tune", "export", str(tmp_path / "all.json")]) == 0
     (STORE.path).unlink()
     assert cli.main(["tune", "import", str(tmp_path / "all.json")]) == 0
     assert len(STORE.read(STORE.path)) == 1
+
+
+def test_a_shape_is_split_as_convert_splits_it() -> None:
+    model = testing.Stack(depth=1, d=64, h=1024)
+    d2d.convert(model, [torch.randn(64, 64)], d2d.Config(router_epochs=1), progress=False)
+    (kind,) = tuning.specs_of(model)
+    asked = cli._parser().parse_args(["tune", f"64x1024 {kind.activation} fp32"])
+    assert cli._target(asked)[0] == [kind]
+    wider = ["tune", "64x1024 relu(up)", "--expert-size", "128", "--router-width", "16"]
+    found, _ = cli._target(cli._parser().parse_args(wider))
+    assert [(spec.experts, spec.size, spec.router) for spec in found] == [(8, 128, 16)] * 2
 
 
 def test_bench_of_a_saved_conversion(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,7 +307,8 @@ def test_bench_of_a_saved_conversion(tmp_path, capsys: pytest.CaptureFixture[str
     ("arguments", "says"),
     [
         (["tune", "nowhere"], "neither the folder"),
-        (["tune", "64x100 gelu(up)"], "multiple of 64"),
+        (["tune", "64x1031 gelu(up)"], "have no divisor near the expert size 32"),
+        (["tune", "0x64 gelu(up)"], "nothing to compute"),
         (["tune", "64x128 unknown(up)"], "unknown"),
         (["tune", "export"], "needs the name"),
         (["tune", "import", "/nowhere.json"], "does not exist"),
