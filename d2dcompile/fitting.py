@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn import functional
 LEARNING_RATE = 5e-3  # Adam, warmed up, then a cosine to zero; 2e-3 was worse on MiniLM
 STEPS_PER_EPOCH = 64  # batches are chosen for it, between 32 and 1024 tokens
 HUBER = 1.0  # relative errors above it count linearly: medians, which for sparse targets are zero
-QUIET = 1e-3  # of the mean target
+QUIET = 1e-3  # of the median row's largest target
 CHECKS = 10  # validations during a fit; the best one is kept
 
 
@@ -32,7 +33,7 @@ class Data:
     scale: Tensor
     fitted: Tensor
     held: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.x[index].float() / self.scale, self.goal[index]
@@ -82,14 +83,15 @@ def train(
                     torch.autograd.backward(data.loss(raw(x, w1, w), goal) / len(sites))
             optimizer.step()
             schedule.step()
-        if epoch % math.ceil(epochs / CHECKS) == 0 or epoch == epochs - 1:
+        checked = epoch % math.ceil(epochs / CHECKS) == 0 or epoch == epochs - 1
+        if checked:
             losses = _validate(sites, w1, w2)
             if sum(losses) < sum(best.losses):
                 best = copied(losses, epoch + 1)
         done = epoch + 1
         if progress is not None:
             progress(done, epochs)
-        if patience and done - best.epoch >= patience:
+        if checked and patience and done - best.epoch >= patience:
             break
     return Fitted(best.w1, best.w2, best.losses, best.epoch, done)
 
@@ -113,7 +115,8 @@ def _start(
     w2 = []
     for data in sites:
         x, goal = data.rows(data.fitted[:: max(1, len(data.fitted) // 16384)])
-        hidden = (x @ w1.T).relu()
+        goal, weight = data.loss.wanted(goal)
+        hidden, goal = (x @ w1.T).relu() * weight, goal * weight
         normal = hidden.T @ hidden
         ridge = 1e-2 * normal.diagonal().mean() + 1e-6
         normal += ridge * torch.eye(width, device=normal.device)
@@ -127,45 +130,97 @@ def raw(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return (x @ w1.T).relu() @ w2.T
 
 
+class Loss(Protocol):
+    """What a router's raw scores [T, E] are to be, given targets [T, E], and how far from it they are."""
+
+    def __call__(self, raw: Tensor, goal: Tensor) -> Tensor: ...
+
+    def wanted(self, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """What is wanted [T, E], and by what [T, 1] an error is multiplied."""
+        ...
+
+
 @dataclass(frozen=True)
 class RelativeLoss:
     """Huber loss of the error relative to the largest target of each row.
 
     A row without a target, to which no expert adds anything, wants as few experts as can be; but scores of
     zero run them all, and a fit that has to answer with zeros turns its units off, for other tokens too.
-    There the busiest expert of the site is wanted alone. Those rows weigh no more than the others together.
+    There the expert that is busiest on the others is wanted alone. Those rows weigh no more than the others
+    together.
 
     Attributes:
+        floor: a largest target below it counts as none, the less of it the more.
         resting: the target [E] of rows whose own is nothing.
         weight: of such a row, 0..1.
     """
 
+    floor: Tensor
     resting: Tensor
-    weight: float
+    weight: Tensor
 
     @classmethod
     def of(cls, goal: Tensor) -> RelativeLoss:
-        """For targets goal [T, E] of mean 1."""
-        most = goal.amax(1)
-        heard = most[most >= QUIET]
+        """For rows like these targets [T, E] of any unit; medians, since few rows may be huge."""
+        unit = unit_of(goal)
+        most = goal.amax(1, keepdim=True)
+        floor = QUIET * unit
+        heard = most.squeeze(1) >= floor
+        share = torch.where(heard[:, None], goal / most.clamp_min(floor), 0)
         resting = torch.zeros_like(goal[0])
-        resting[goal.mean(0).argmax()] = heard.median() if len(heard) else 1.0
-        return cls(resting, min(1.0, len(heard) / max(len(most) - len(heard), 1)))
+        resting[share.sum(0).argmax()] = unit
+        loud, silent = heard.sum(), (~heard).sum()
+        weight = torch.where(loud > 0, loud / silent.clamp_min(1), 1.0).clamp_max(1)
+        return cls(floor, resting, weight)
+
+    def wanted(self, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets [T, E] with those of rows without, and one over their largest [T, 1]."""
+        full = goal + self._quiet(goal) * self.resting
+        return full, 1 / full.amax(1, keepdim=True).clamp_min(self.floor)
 
     def __call__(self, raw: Tensor, goal: Tensor) -> Tensor:
         """The mean [] over raw and goal [T, E]."""
-        quiet = (1 - goal.amax(1, keepdim=True) / QUIET).clamp_min(0)
-        goal = goal + quiet * self.resting
-        error = (raw - goal) / goal.amax(1, keepdim=True).clamp_min(QUIET)
+        full, inverse = self.wanted(goal)
+        error = (raw - full) * inverse
         zero = torch.zeros_like(error)
         loss = functional.smooth_l1_loss(error, zero, beta=HUBER, reduction="none")
-        return (loss * (1 - quiet * (1 - self.weight))).mean()
+        return (loss * self._weight(goal)).mean()
+
+    def slope(self, raw: Tensor, goal: Tensor) -> Tensor:
+        """The derivative [T, E] by raw."""
+        full, inverse = self.wanted(goal)
+        error = (raw - full) * inverse
+        return (error / HUBER).clamp(-1, 1) * inverse * self._weight(goal) / max(raw.numel(), 1)
+
+    def _quiet(self, goal: Tensor) -> Tensor:
+        """How much a row is without a target [T, 1], 0..1."""
+        return (1 - goal.amax(1, keepdim=True) / self.floor).clamp_min(0)
+
+    def _weight(self, goal: Tensor) -> Tensor:
+        return 1 - self._quiet(goal) * (1 - self.weight)
 
 
-def cross_entropy(scale: Tensor, raw: Tensor, goal: Tensor) -> Tensor:
+def unit_of(goal: Tensor) -> Tensor:
+    """The median [] of the largest targets of rows [T, E] that have any; 1 where none has."""
+    most = goal.amax(1)
+    heard = most[most > 0]
+    return heard.median() if len(heard) else goal.new_ones(())
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
     """Binary cross-entropy of the logits whose softplus the scores are, both in units of `scale`."""
-    score, y = raw.abs() * scale + 1e-6, -torch.expm1(-goal * scale)
-    return ((1 - y) * score - y * torch.log(-torch.expm1(-score))).mean()
+
+    scale: Tensor
+
+    def wanted(self, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """The targets, all of one weight."""
+        return goal, goal.new_ones(())
+
+    def __call__(self, raw: Tensor, goal: Tensor) -> Tensor:
+        """The mean [] over raw and goal [T, E]."""
+        score, y = raw.abs() * self.scale + 1e-6, -torch.expm1(-goal * self.scale)
+        return ((1 - y) * score - y * torch.log(-torch.expm1(-score))).mean()
 
 
 @torch.no_grad()

@@ -66,11 +66,11 @@ def _macs(observer: Measuring) -> int:
 
 def default(output: Any, exact: Any, batch: Mapping[str, Any]) -> float:
     """The distance that the module describes, of outputs of one batch of keyword arguments."""
-    logits, dense = getattr(output, "logits", None), getattr(exact, "logits", None)
+    logits, dense = _logits(output), _logits(exact)
     if isinstance(logits, Tensor) and isinstance(dense, Tensor) and logits.shape[-1] > 1:
         mask = _mask(batch, dense)
         p, q = (t[mask].float().log_softmax(-1) for t in (dense, logits))
-        return float((p.exp() * (p - q)).sum() / max(len(p), 1))
+        return float((p.exp() * (p - q)).sum() / max(p[..., 0].numel(), 1))
     first, other = next(_floats(exact), None), next(_floats(output), None)
     if first is None or other is None:
         raise BudgetError(
@@ -82,6 +82,11 @@ def default(output: Any, exact: Any, batch: Mapping[str, Any]) -> float:
     return float((a - b).square().sum() / b.square().sum().clamp_min(1e-30))
 
 
+def _logits(output: Any) -> Any:
+    """`.logits` or ["logits"] of an output, or None."""
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+
+
 def _mask(batch: Mapping[str, Any], output: Tensor) -> Any:
     """Which positions of an output [B, T, ...] count: all, or those of the batch's attention mask."""
     mask = batch.get("attention_mask")
@@ -91,9 +96,9 @@ def _mask(batch: Mapping[str, Any], output: Tensor) -> Any:
 
 
 def _floats(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of a nested output, in order."""
+    """The floating-point tensors of a nested output, in order, without scalars: those are losses."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
+        if value.is_floating_point() and value.dim():
             yield value
     elif isinstance(value, Mapping):
         for inner in value.values():

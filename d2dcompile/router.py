@@ -24,13 +24,12 @@ which is a monotone map of the logit: the order, and the loss at its best, are t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from .errors import CalibrationError
-from .fitting import Data, RelativeLoss, cross_entropy, raw, train
+from .fitting import CrossEntropy, Data, Loss, RelativeLoss, raw, train, unit_of
 from .judging import judge
 
 LEVEL = 0.25  # relative target that the median pair is moved to; .12 to .35 in MiniLM's layers
@@ -158,9 +157,9 @@ def fit_routers(
             if classify:
                 goal = -torch.log1p(-CERTAIN * goal / goal.max().clamp_min(1e-30))
             fitted, held = _split(len(x), x.device)
-            scale = goal.mean().clamp_min(1e-30)
+            scale = goal.mean().clamp_min(1e-30) if classify else unit_of(goal)
             goal /= scale
-            loss = partial(cross_entropy, scale) if classify else RelativeLoss.of(goal)
+            loss: Loss = CrossEntropy(scale) if classify else RelativeLoss.of(goal)
             data.append(Data(x.detach(), goal, scale_in, fitted, held, loss))
             scales.append(scale)
             exponents.append(exponent)

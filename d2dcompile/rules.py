@@ -61,14 +61,15 @@ def sparsity_of(rule: str, value: float, experts: int) -> float:
     return (experts - min(value, experts)) / max(experts - 1, 1)
 
 
-def calibrated_share(rule: str, sparsity: float, stats: Mapping[str, float]) -> float:
-    """The executed share at a sparsity, by what calibration saw of the routed experts.
+def calibrated_share(rule: str, value: float, stats: Mapping[str, float], experts: float) -> float:
+    """The executed share of so many routed experts at a rule's number, by what calibration saw of them.
 
     stats: {"share@0.1": share at tau .1, "share_top_p@0.9": share at p .9, ...}; between them on a line,
     from everything at 0 to nothing at 1. Of "top_k" it is known without.
     """
     if rule == "top_k":
-        return 1 - sparsity
+        return min(1.0, value / max(experts, 1))
+    sparsity = sparsity_of(rule, value, 0)
     key = "share@" if rule == "max" else "share_top_p@"
     known = {
         sparsity_of(rule, float(name.removeprefix(key)), 0): share

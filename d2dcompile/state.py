@@ -261,8 +261,9 @@ class State:
         """The executed share to expect at the present tau: of the forced masks, or as calibrated."""
         if self.forced is not None:
             return float(self.forced.float().mean())
+        routed = self.experts.plan.experts * (1 - self._shared)
         return self._shared + (1 - self._shared) * calibrated_share(
-            self.rule, self.sparsity, self.experts.stats
+            self.rule, self.tau, self.experts.stats, routed
         )
 
     @property

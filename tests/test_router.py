@@ -208,7 +208,7 @@ def test_tokens_that_no_expert_adds_anything_to_leave_the_router_alive(seed):
     router = fit_router(x, targets, width=8, seed=seed, epochs=10)
     scores = router(x)
     most = scores.amax(1, keepdim=True)
-    assert (most == 0).float().mean() < 0.002
+    assert (most == 0).float().mean() < 0.005
     assert (scores >= 0.3 * most).float().mean() < 0.55
     assert router.stats["pearson"] > 0.55
 
@@ -268,3 +268,39 @@ def test_bad_calibration_data_is_refused(change, message):
 def test_routers_compare_by_identity(router):
     assert router == router
     assert router != Router(router.w1, router.w2, router.stats)
+
+
+@pytest.mark.parametrize("level", [0.25, None])
+def test_a_few_tokens_with_huge_outputs_do_not_own_the_fit(level):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 16, generator=generator)
+    plain = (x @ torch.randn(16, 8, generator=generator)).relu() + 0.02
+    huge = torch.arange(len(x)) % 128 == 5
+    x[huge, 0] = 8.0
+
+    def found(factor):
+        targets = torch.where(huge[:, None], factor * plain, plain)
+        router = fit_router(x, targets, width=16, epochs=15, level=level)
+        best = router(x).argmax(1) == plain.argmax(1)
+        return best[~huge].float().mean().item()
+
+    usual = found(1.0)
+    assert usual > 0.8
+    assert min(found(30.0), found(1000.0)) > usual - 0.1
+
+
+def test_a_site_that_is_silent_on_all_tokens_runs_one_expert():
+    x = torch.randn(640, D)
+    router = fit_router(x, torch.zeros(640, E), width=8, epochs=3)
+    scores = router(x)
+    assert (scores >= 0.1 * scores.amax(1, keepdim=True)).float().mean() < 1.5 / E
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5])
+def test_patience_is_not_lost_between_two_validations(patience):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(640, 16, generator=generator)
+    targets = (x @ torch.randn(16, 8, generator=generator)).relu()
+    whole = fit_router(x, targets, width=8, epochs=30)
+    early = fit_router(x, targets, width=8, epochs=30, patience=patience)
+    assert early.stats["loss"] < 1.2 * whole.stats["loss"]

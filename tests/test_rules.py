@@ -269,3 +269,9 @@ def test_the_share_to_expect_is_that_of_the_router_not_of_the_exact_scores():
     state.experts = replace(state.experts, stats=stats)
     d2d.set_tau(model, 0.2)
     assert state.expected_share() == pytest.approx(0.6)
+
+
+def test_the_share_expected_of_top_k_is_k_of_the_experts(model) -> None:
+    for k in (1, 2, E, 100):
+        d2d.set_rule(model, "top_k", k)
+        assert states(model)[0].expected_share() == pytest.approx(min(k, E) / E)

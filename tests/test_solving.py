@@ -262,3 +262,17 @@ def test_other_rules_meet_budgets_with_their_own_number(rule: str, dense: float)
     assert each["blocks.1"] < number < max(each.values())  # the second block adds next to nothing
     if rule == "top_k":
         assert all(value == int(value) for value in (number, *each.values()))
+
+
+def test_the_default_distance_is_of_outputs_not_of_the_loss() -> None:
+    loss, logits = torch.tensor(1.0), torch.randn(2, 5)
+    assert default({"loss": loss, "start": logits}, {"loss": loss, "start": logits + 9}, {}) > 0
+    assert default((loss, logits), (loss, logits + 9), {}) > 0
+    before = default({"logits": logits}, {"logits": logits * 3}, {})
+    assert before == default(SimpleNamespace(logits=logits), SimpleNamespace(logits=logits * 3), {})
+
+
+def test_the_default_distance_is_a_mean_over_positions_with_a_mask_or_without() -> None:
+    one, other = (SimpleNamespace(logits=torch.randn(2, 50, 7)) for _ in range(2))
+    masked = default(one, other, {"attention_mask": torch.ones(2, 50)})
+    assert default(one, other, {}) == pytest.approx(masked, rel=1e-5)

@@ -11,7 +11,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,24 @@ def key_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@cache
 def code() -> str:
-    """Twelve hex digits of the code that converts and measures: the library's and this folder's.
+    """Twelve hex digits of the code that converts and measures: the library's and the experiments'.
 
     Part of the keys of what is made by it, so that a mended fit or rival is run anew; trainings are not.
+    Of the files as they were when this module was imported.
     """
+    return CODE
+
+
+def _code() -> str:
     found, library = hashlib.sha256(), (d2dcompile, d2dcompile.passes, d2dcompile.kernels)
-    for folder in (HERE, *(Path(str(module.__file__)).parent for module in library)):
+    for folder in (HERE.parent, *(Path(str(module.__file__)).parent for module in library)):
         for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
             found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return found.hexdigest()[:12]
+
+
+CODE = _code()
 
 
 class Partial:

@@ -4,7 +4,8 @@
                + fit dR/ds_e(t)                       every e: the router's own loss, of exact norms
 
 s [..., E] scores >= 0, m(t) their largest, held fixed   y [..., D]   f_e(x) what expert e adds to y
-R = mean over tokens and experts of huber((s_e - n_e) / max_j n_j), n_e = |f_e(x)| ** exponent
+R = mean over tokens and experts of huber((s_e - n_e) / max_j n_j), n_e = |f_e(x)| ** exponent, with what
+    `fitting.RelativeLoss` says of tokens to which no expert adds anything
 aims [3] fp32: task, fit, exponent. All others as for expert_mlp; norms are those without dropout.
 
 The first line is the straight-through gradient of y = sum over S(t) of (s_e / m) f_e(x): what the loss
@@ -20,12 +21,10 @@ import torch
 from torch import Tensor
 
 from ...expr import function
-from ...fitting import HUBER
+from ...fitting import RelativeLoss
 from ...router import expert_norms, gram
 from ..base import op
 from ..expert_mlp import inputs_of, noise_of, owned
-
-FLOOR = 1e-3  # of a row's largest target, as in fitting a router
 
 
 @op(version=1)
@@ -97,14 +96,10 @@ def credit_backward(
         values["noise"] = rows.new_ones(())
         parts = function(activation)(values).reshape(len(rows), s.shape[1], len(w_up) // s.shape[1])
         norms = expert_norms(parts, gram(w_down.reshape(s.shape[1], -1, w_down.shape[1])))
-        total += fit * fit_slope(s, norms.to(wide).pow(exponent))
+        goal = norms.to(wide).pow(exponent)
+        if len(goal):
+            total += fit * RelativeLoss.of(goal).slope(s, goal)
     return total.to(scores.dtype).reshape(scores.shape)
-
-
-def fit_slope(scores: Tensor, goal: Tensor) -> Tensor:
-    """The derivative of R by the scores [T, E], given what they should be."""
-    peak = goal.amax(1, keepdim=True).clamp_min(FLOOR)
-    return ((scores - goal) / peak / HUBER).clamp(-1, 1) / peak / max(scores.numel(), 1)
 
 
 def _lists(tokens: Tensor, offsets: Tensor, neurons: int) -> Any:

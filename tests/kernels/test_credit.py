@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from d2dcompile.expr import function
-from d2dcompile.fitting import relative_loss
+from d2dcompile.fitting import RelativeLoss
 from d2dcompile.kernels.credit import credit, credit_backward
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.expert_mlp import expert_mlp
@@ -98,7 +98,7 @@ def test_the_fit_is_the_gradient_of_the_routers_own_loss(activation: str) -> Non
     scores = case.scores.clone().requires_grad_()
     (ours,) = torch.autograd.grad(case.credited(scores, (0, 3, exponent)).sum(), scores)
     goal = case.experts().norm(dim=-1) ** exponent
-    (wanted,) = torch.autograd.grad(3 * relative_loss(scores, goal), scores)
+    (wanted,) = torch.autograd.grad(3 * RelativeLoss.of(goal)(scores, goal), scores)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-8)  # norms are fp32
     (both,) = torch.autograd.grad(case.credited(scores, (1, 3, exponent)).sum(), scores)
     (task,) = torch.autograd.grad(case.credited(scores, (1, 0, exponent)).sum(), scores)
@@ -135,3 +135,11 @@ def test_registration(activation: str, rows: int) -> None:
     torch.library.opcheck(
         credit_backward.overload, (torch.ones_like(case.y), case.scores, aims, *case.args)
     )
+
+
+def test_a_token_without_a_target_weighs_no_more_than_others() -> None:
+    goal = torch.tensor([[1.0, 0.2, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    scores = torch.tensor([[0.6, 0.4, 0.3, 0.2]] * 2)
+    slope = RelativeLoss.of(goal).slope(scores, goal)
+    assert slope[0, 0] < 0 and slope[1, 0] < 0  # both want the first expert,
+    assert slope[1, 1:].gt(0).all() and slope.abs().max() < 1  # the second nothing else
