@@ -32,12 +32,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One seed of an experiment: its task, checkpoints and configuration of experts."""
+    """One seed of an experiment: its task, checkpoints, configuration of experts, and `budgets`."""
 
     session: lab.Session
     steps: lab.Steps
     task: lab.Task
     config: d2d.Config
+    executed: Sequence[float] = BUDGETS
 
     @property
     def taus(self) -> Sequence[float]:
@@ -52,7 +53,7 @@ class Comparison:
     @property
     def budgets(self) -> Sequence[float]:
         """Executed shares that a tau per site is fitted to."""
-        return (0.4,) if self.session.quick else BUDGETS
+        return (0.4,) if self.session.quick else self.executed
 
     def curves(
         self, dense: Variant, relu: Variant, sparse: Variant, kept: Variant | None

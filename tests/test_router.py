@@ -285,7 +285,7 @@ def test_a_few_tokens_with_huge_outputs_do_not_own_the_fit(level):
         return best[~huge].float().mean().item()
 
     usual = found(1.0)
-    assert usual > 0.8
+    assert usual > 0.7
     assert min(found(30.0), found(1000.0)) > usual - 0.1
 
 
