@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 import d2dcompile as d2d
 from d2dcompile.testing import Stack, forced_share
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import cpu_report
 import models_cases
 import models_group
 
@@ -77,3 +80,9 @@ def test_masked_eager_is_the_block_with_its_forced_experts() -> None:
         assert ours <= 1e-6
         assert eager <= 1e-6
         assert models_group.error(model(x), exact) > 1e-3
+
+
+def test_the_page_of_cpu_times_has_the_tables_of_the_recorded_run() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    page = (ROOT / "docs" / "cpu.md").read_text()
+    assert "\n".join(cpu_report.tables(found).splitlines()[2:]) in page
