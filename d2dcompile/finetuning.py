@@ -7,7 +7,7 @@ are parameters of the handle, in no state_dict; their gradients are those of `d2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from .judging import judge
 from .layout import hashes_of, permuted, slabs
 from .probe import Graph, arguments, forget_compiled, probing
 from .rewriting import state_of
-from .router import Router, gram
+from .router import Router, goal_of, gram
 from .routers import make_routers, targets_of
 from .sample import Sample
 from .state import Learning, State
@@ -141,6 +141,7 @@ class Finetuning:
         self.steps += 1
         if self._optimizer is None:
             return
+        _share_gradients(self.parameters())
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         if grads and all(bool(g.isfinite().all()) for g in grads):
             self._optimizer.step()
@@ -186,8 +187,11 @@ class Finetuning:
             if rows:
                 (x, targets), routed = rows[i], ~state.experts.shared
                 scores = Router(first, router.w2[routed], {})(x)
-                goal = targets[:, routed].pow(stats.get("exponent", 1.0))
+                kind = self.conversion.config.router
+                goal = goal_of(targets[:, routed], stats.get("exponent", 1.0), kind == "classify")
                 stats |= judge(scores, goal) | {"tokens": float(len(x))}
+                if kind == "centroid":
+                    del stats["r2"]  # the scores have another unit than the norms
             found.append(router)
         return found
 
@@ -206,6 +210,20 @@ class Finetuning:
 def _parameter(router: Tensor, device: torch.device) -> nn.Parameter:
     """A copy that learns."""
     return nn.Parameter(router.detach().to(device, torch.float32, copy=True))
+
+
+def _share_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average gradients over all processes of a distributed run; routers are no part of what DDP averages."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    processes = distributed.get_world_size()
+    if processes == 1:
+        return
+    for parameter in parameters:
+        grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        distributed.all_reduce(grad)
+        parameter.grad = grad / processes
 
 
 class _Targets:
@@ -261,9 +279,11 @@ def finetune(
         conversion: what is attached to the model.
         routers: what their gradient is of. "fit": the loss they were fitted with, against exact norms of
             the experts as they change, of every expert of every token. "task": the loop's own loss, by a
-            straight-through gradient of the executed pairs. "both", or "fixed": none.
+            straight-through gradient of the executed pairs. "both": their sum, so let the loop's loss
+            be neither scaled (GradScaler) nor divided (accumulation). "fixed": none.
         router_lr: rate of an Adam of the handle's own, relative to the size of a router's weights, which
-            steps whenever the loop's optimizer has. None: the loop trains `handle.parameters()` itself.
+            steps whenever the loop's optimizer has, with gradients averaged over the processes of a
+            distributed run. None: the loop trains `handle.parameters()` itself.
 
     Raises NoConversionError if nothing is attached, FinetuneError for other arguments that are impossible
     (only routers of the kind "norms" can "fit"; shared experts need "fixed"), a conversion that is not the

@@ -153,9 +153,7 @@ def fit_routers(
         scale_in = _scale_in([x for x, _ in sites])
         for x, targets in sites:
             exponent = 1.0 if level is None or classify else _exponent(targets, level)
-            goal = targets.detach().float().pow(exponent)
-            if classify:
-                goal = -torch.log1p(-CERTAIN * goal / goal.max().clamp_min(1e-30))
+            goal = goal_of(targets, exponent, classify)
             fitted, held = _split(len(x), x.device)
             scale = goal.mean().clamp_min(1e-30) if classify else unit_of(goal)
             goal /= scale
@@ -173,6 +171,14 @@ def fit_routers(
             stats |= validated(router, one.x, one.goal.mul_(scales[i]))
             routers.append(router)
     return routers
+
+
+def goal_of(targets: Tensor, exponent: float, classify: bool) -> Tensor:
+    """The scores [T, E] fp32 that a router is to give, of norms or, for a classifier, activation sums."""
+    goal = targets.detach().float().pow(exponent)
+    if classify:
+        goal = -torch.log1p(-CERTAIN * goal / goal.max().clamp_min(1e-30))
+    return goal
 
 
 def validated(router: Router, x: Tensor, goal: Tensor) -> dict[str, float]:

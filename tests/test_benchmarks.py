@@ -12,8 +12,7 @@ import torch
 import d2dcompile as d2d
 from d2dcompile.testing import Stack, forced_share
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import cpu_report
 import models_cases
 import models_group
@@ -83,6 +82,7 @@ def test_masked_eager_is_the_block_with_its_forced_experts() -> None:
 
 
 def test_the_page_of_cpu_times_has_the_tables_of_the_recorded_run() -> None:
-    found = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
-    page = (ROOT / "docs" / "cpu.md").read_text()
+    root = Path(__file__).parents[1]
+    found = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text())
+    page = (root / "docs" / "cpu.md").read_text()
     assert "\n".join(cpu_report.tables(found).splitlines()[2:]) in page

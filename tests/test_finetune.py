@@ -20,6 +20,7 @@ from d2dcompile.errors import (
 
 sys.path.insert(0, str(Path(__file__).parent))
 import digits
+import toy_jobs
 
 QUICK = d2d.Config(router_epochs=2, expert_size=8, router_width=8)
 
@@ -302,3 +303,9 @@ def test_trainer_and_a_plain_loop_give_the_same_experts_and_routers(tmp_path: Pa
         torch.testing.assert_close(experts.router1, same.router1, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(experts.router2, same.router2, rtol=1e-3, atol=1e-5)
         assert not torch.equal(experts.router2, conversion.experts[name].router2)
+
+
+def test_routers_stay_the_same_in_all_processes_of_a_distributed_run(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(toy_jobs.finetune_apart, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

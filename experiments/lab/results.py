@@ -18,22 +18,22 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 
 
-def versions() -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
     """Of Python, torch and d2dcompile, and the processor that ran."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "d2dcompile": d2d.__version__,
-        "processor": processor(),
+        "processor": processor(device),
         "threads": str(torch.get_num_threads()),
         "code": code(),
     }
 
 
-def processor() -> str:
+def processor(device: torch.device) -> str:
     """The name of the GPU or CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -48,6 +48,7 @@ def write(
     command: str,
     seeds: Sequence[int],
     seconds: float,
+    device: torch.device,
     payload: Mapping[str, Any],
 ) -> None:
     """Write a result; numbers are rounded to six digits, NaN and infinity are errors."""
@@ -55,8 +56,8 @@ def write(
         "name": path.stem,
         "command": command,
         "seeds": list(seeds),
-        "versions": versions(),
-        "seconds": round(seconds),
+        "versions": versions(device),
+        "seconds": round(seconds),  # of the run that wrote this, what it found done not counted
         **payload,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

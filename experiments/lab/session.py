@@ -99,7 +99,12 @@ class Session:
         }
         seconds = time.perf_counter() - self.started
         results.write(
-            path, command=self.command, seeds=self.seeds, seconds=seconds, payload=payload
+            path,
+            command=self.command,
+            seeds=self.seeds,
+            seconds=seconds,
+            device=self.device,
+            payload=payload,
         )
         plotting.draw(path.with_suffix(".png"), title, curves, dense, metrics)
         self.say(f"wrote {path}")
