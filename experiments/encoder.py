@@ -175,10 +175,14 @@ class Trainer:
     task: lab.Task
     sizes: Sizes
 
+    @property
+    def first(self) -> lab.Recipe:
+        """How the base is finetuned."""
+        return lab.Recipe(steps=self.sizes.steps, rate=RATE, bf16=True, looks=2)
+
     def base(self) -> nn.Module:
         """MiniLM with a head, finetuned as it is."""
-        recipe = lab.Recipe(steps=self.sizes.steps, rate=RATE, bf16=True, looks=2)
-        return self._trained(lab.Steps(self.session.out / "shared"), "base", recipe, None)
+        return self._trained(lab.Steps(self.session.out / "shared"), "base", self.first, None)
 
     def variant(
         self,
@@ -189,9 +193,10 @@ class Trainer:
         sparsity: Mapping[str, Any] | None = None,
     ) -> Variant:
         """The base, with ReLU or not, finetuned further with a penalty or without."""
+        origin = lab.key_of(lab.settings_of(self.task, self.first))
         recipe = lab.Recipe(
             steps=self.sizes.finetune, rate=RATE, bf16=True, seed=seed + 1, looks=2,
-            sparsity=sparsity or {}, note=f"from {self.sizes.steps} steps, relu={relu}",
+            sparsity=sparsity or {}, note=f"{origin} relu={relu}",
         )  # fmt: skip
 
         def start() -> nn.Module:

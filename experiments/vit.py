@@ -178,7 +178,7 @@ class Stages:
             rate=self.sizes.rate,
             sparsity=sparsity,
             seed=self.task.settings["split"] + 500,
-            note=f"relu {relu}, from {settings['recipe']['steps']} steps",
+            note=f"relu {relu}, from {lab.key_of(settings)}",
         )
 
         def make() -> nn.Module:
@@ -199,7 +199,7 @@ class Stages:
             self.sizes.finetune,
             rate=self.sizes.rate,
             seed=self.task.settings["split"] + 500,
-            note=f"exits, from {settings['recipe']['steps']} steps",
+            note=f"exits, from {lab.key_of(settings)}",
         )
 
         def make() -> lab.MultiExit:
@@ -221,7 +221,7 @@ class Stages:
             rate=self.sizes.rate,
             sparsity={"penalty": "hoyer", "weight": weight, "schedule": "linear_warmup"},
             seed=self.task.settings["split"] + 500,
-            note=f"projections, {epochs} epochs, from {settings['recipe']['steps']} steps",
+            note=f"projections, {epochs} epochs, from {lab.key_of(settings)}",
         )
 
         def make() -> nn.Module:
