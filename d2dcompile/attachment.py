@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from .capture import unwrap
 from .config import check_tau
-from .errors import ConversionMismatchError, NoConversionError, RuleError, TauError
+from .errors import (
+    ConversionMismatchError,
+    NoConversionError,
+    RuleError,
+    TauError,
+    WeightsChangedError,
+)
 from .ir import Conversion, Experts, Site
 from .layout import digest, permuted
 from .rules import check_rule, check_value
@@ -70,11 +76,21 @@ def attach(model: nn.Module, conversion: Conversion) -> nn.Module:
 
     Raises ConversionMismatchError naming the first parameter that is missing or different.
     """
-    with kept_on_error(model):
+    with recompiled_for_other_plans(model), kept_on_error(model):
         detach(model)
         for work in [_recognised(model, experts) for experts in conversion.experts.values()]:
             register(*work)
     return model
+
+
+@contextmanager
+def recompiled_for_other_plans(model: nn.Module) -> Iterator[None]:
+    """Make torch.compile forget its graphs if the block gives a site experts of other sizes."""
+    before = {state.site.name: state.experts.plan for state in states(model)}
+    yield
+    after = {state.site.name: state.experts.plan for state in states(model)}
+    if any(after.get(name, plan) != plan for name, plan in before.items()):
+        torch.compiler.reset()
 
 
 def _recognised(
@@ -98,13 +114,17 @@ def _recognised(
 @contextmanager
 def kept_on_error(model: nn.Module) -> Iterator[None]:
     """Put back the sites, rules and taus that were attached before, if the block raises."""
-    before = [(state.experts, state.rule, state.tau) for state in states(model)]
+    before = [(state, state.rule, state.tau, state.weights()) for state in states(model)]
     try:
         yield
     except BaseException:
         if not states(model):
-            for experts, rule, value in before:
-                state = register(*_recognised(model, experts))
+            for old, rule, value, held in before:
+                weights = {role: weight for role, weight in held.items() if weight is not None}
+                if len(weights) < len(held):
+                    continue  # replaced meanwhile: there is nothing to put it on
+                state = register(old.experts, weights, is_dense=True)  # as `detach` left it
+                state.seen = ()  # what was edited since the conversion is still told of
                 state.rule = rule
                 state.set_value(value)
         raise
@@ -138,13 +158,40 @@ def register(experts: Experts, weights: Mapping[str, nn.Parameter], is_dense: bo
     """Put one site's weights into expert order and enter it in the table."""
     for role in _distinct(experts.site):
         order = experts.permutation if is_dense else torch.arange(len(experts.permutation))
-        _store(weights[role], permuted(experts.site, role, weights[role].detach(), order))
+        _reorder(experts.site, role, weights[role], order)
     down = weights["down"]
     state = State(experts, weights)
     _STATES[id(down)] = state
     _OWNERS.update((id(weight), state) for weight in weights.values())
     weakref.finalize(down, _forget, id(down), weakref.ref(state))
     return state
+
+
+def _reorder(
+    site: Site,
+    role: str,
+    parameter: nn.Parameter,
+    order: Tensor,
+    back: bool = False,
+    fresh: bool = False,
+) -> None:
+    """Put the neurons of a role's parameter, and of its gradient, in an order.
+
+    back: with the strides of an ordinary parameter; fresh: in memory of its own.
+    """
+    value = permuted(site, role, parameter.detach(), order)
+    value = value.contiguous() if back else value
+    grad = None if parameter.grad is None else permuted(site, role, parameter.grad, order)
+    if grad is not None:
+        parameter.grad = None  # set again below: it has to have the strides that the values get
+    if fresh:
+        parameter.data = value.clone(memory_format=torch.preserve_format)
+    else:
+        _store(parameter, value)
+    if grad is not None:
+        parameter.grad = torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=grad.dtype, device=grad.device
+        ).copy_(grad)
 
 
 def _distinct(site: Site) -> dict[str, str]:
@@ -184,18 +231,43 @@ def _dense_storage(tensor: Tensor) -> bool:
 def detach(model: nn.Module) -> nn.Module:
     """Undo `attach` in place and return the model: the original neuron order, and no routers.
 
-    A model without a conversion is left as it is. Weights edited since are restored to their places.
+    A model without a conversion is left as it is. Weights edited since are restored to their places, and
+    those that a checkpoint in the original order was loaded into stay as they are. Graphs that `rewrite`
+    made go on with the values of before. Raises WeightsChangedError for a weight that is gone from the model.
     """
-    found = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    named = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    own = {id(parameter) for parameter in named.values()}
     for state in states(model):
-        order = torch.argsort(state.experts.permutation)
-        for role, name in _distinct(state.site).items():
-            # By name: a parameter put in an old one's place is in expert order like the others.
-            value = permuted(state.site, role, found[name].detach(), order)
-            _store(found[name], value.contiguous())
-        _STATES.pop(id(found[state.site.params["down"]]), None)
+        held, found = state.weights(), {}
+        for role, name in state.site.tensors.items():
+            weight = held[role]
+            if weight is None or id(weight) not in own:
+                # By name: a parameter put in an old one's place is in expert order like the others.
+                weight = named.get(name)
+            if weight is None:
+                raise WeightsChangedError(
+                    f"Parameter {name} of site {state.site.name!r} is gone from this "
+                    f"{type(unwrap(model)).__name__}. Expected the module that was converted: undo what "
+                    "replaced its weights (parametrizations, adapters), then detach."
+                )
+            found[role] = weight
+        if not _in_dense_order(state, found):
+            order = torch.argsort(state.experts.permutation)
+            for role in _distinct(state.site):
+                _reorder(state.site, role, found[role], order, back=True, fresh=state.rewritten)
+        _STATES.pop(id(found["down"]), None)
         state.release()
     return model
+
+
+def _in_dense_order(state: State, weights: Mapping[str, nn.Parameter]) -> bool:
+    """Whether weights were loaded anew in the order that the conversion found them in."""
+    if state.fingerprint() == state.seen:
+        return False
+    try:
+        return recognise(state.experts, weights)
+    except ConversionMismatchError:
+        return False
 
 
 def set_tau(model: nn.Module, tau: float | Mapping[str, float]) -> None:

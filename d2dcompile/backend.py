@@ -30,7 +30,7 @@ from .lowering import lower
 from .options import Options
 from .passes import Match
 from .reading import load
-from .rewriting import match, rewrite_captured, shared, state_of
+from .rewriting import match, rewrite_captured, shared, state_of, states_of
 from .state import State
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def backend(
         dump("rewritten", rewritten.gm)
         slots = [
             Slot.of(
-                captured, m, forms[m.site.name], choices[m.site.name], chosen,
+                captured, m, forms[m.site.name], states[m.site.name], chosen,
                 Part.of(shares, i),
             )
             for i, m in enumerate(converted)
@@ -122,16 +122,12 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
     states: dict[str, State] = {}
     fresh = False
     sites = [found for found in matches if found.site.convertible]
-    for found in sites:
-        state = state_of(found, None)
-        if state is None and conversion is not None:
-            state = state_of(found, conversion)
-            fresh |= state is not None
+    before = [state_of(found, None) for found in sites]
+    for found, held, state in zip(sites, before, states_of(sites, conversion), strict=True):
+        fresh |= state is not held
         if state is not None:
             states[found.site.name] = state
-            if options.tau is not None and state.applied != options.tau:
-                state.applied = options.tau  # once, so that a recompilation keeps a later set_tau
-                state.set_tau(options.tau)
+            state.apply(options.tau)
     if fresh and TracingContext.try_get() is not None:
         # Attaching changed the strides of weights, which Dynamo recorded before and guards on.
         raise TensorifyScalarRestartAnalysis(restart_reason="d2dmoe attached a conversion")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,10 +121,16 @@ class Calibrating:
             else:
                 with torch.autocast(self._device(site), enabled=False):
                     self.drafts.setdefault(
-                        key_of(site), self._draft(site, found, groups[site.name])
+                        key_of(site), self._draft(self._named(site), found, groups[site.name])
                     )
         self._running = [self.drafts.get(key_of(site)) for site in sites]
         return observed(graph).forward(*args)
+
+    def _named(self, site: Site) -> Site:
+        """The site; where one of another graph has its name, by its first weight's path."""
+        if all(draft.site.name != site.name for draft in self.drafts.values()):
+            return site
+        return replace(site, name=next(iter(site.params.values())).removesuffix(".weight"))
 
     def _groups(self, matches: Sequence[Match], new: Set[str]) -> dict[str, str]:
         """{site name: group} of new sites: projections of one graph with the same x, else each its own.

@@ -19,6 +19,7 @@ from torch import Tensor
 from .attachment import lookup
 from .capture import Captured
 from .errors import DenseFallbackWarning, NoConversionError, RuleError
+from .ir import Plan
 from .options import Options
 from .passes import Match
 from .passes.forms import Choice, Form
@@ -57,6 +58,7 @@ class Slot:
         kind, meaning: what a site has to compute to run here.
         form: whether one kernel runs it or several ops, which take other operands.
         choice: how experts are chosen in the graph; a site's own has to be the same.
+        plan: how many experts and router units the operands are of, where the graph knows.
         packs, int8: which copies of its weights a kernel may keep (see `Options`).
         part: its part in sharing a first router layer.
     """
@@ -66,6 +68,7 @@ class Slot:
     meaning: str
     form: Form
     choice: Choice
+    plan: Plan | None
     packs: bool
     int8: bool
     part: Part
@@ -76,7 +79,7 @@ class Slot:
         captured: Captured,
         found: Match,
         form: Form,
-        choice: Choice,
+        state: State,
         options: Options,
         part: Part,
     ) -> Slot:
@@ -84,7 +87,8 @@ class Slot:
         places = parameter_places(captured, found)
         computed = meaning(found.activation)
         copies = options.pack, options.int8
-        return cls(places, found.site.kind, computed, form, choice, *copies, part)
+        plan = None if form == "record" else state.experts.plan
+        return cls(places, found.site.kind, computed, form, state.choice, plan, *copies, part)
 
     def state(self, args: Sequence[Any]) -> State | None:
         """The attached site that these arguments are the weights of, or None."""
@@ -182,8 +186,9 @@ class Dispatching:
 
     def __call__(self, *args: Any) -> Any:
         weights = args + self._attributes
-        if self._last is not None and self._last.holds(weights):
-            return self._compiled(*args, *self._last.operands)
+        last = self._last  # once: another thread may replace it
+        if last is not None and last.holds(weights):
+            return self._compiled(*args, *last.operands)
         states = self._look_up(weights)
         if states is None:
             return self._run_dense(args)
@@ -203,11 +208,23 @@ class Dispatching:
                 return None
             if not self._options.trainable:
                 state.check()
+            if (
+                state.applied is None
+            ):  # a graph of another layer's or instance's, which applied its own
+                state.apply(self._options.tau)
             found.append(state)
         return found
 
     def _chooses_otherwise(self, slot: Slot, state: State) -> bool:
-        """Whether a site's experts are chosen in another way than this graph does; an error when strict."""
+        """Whether a site has other experts than this graph, or another choice; an error when strict."""
+        if slot.plan not in (None, state.experts.plan):
+            if self._options.strict:
+                raise RuleError(
+                    f"A graph compiled for {slot.plan} was called for site {state.site.name!r} with "
+                    f"{state.experts.plan}. Expected conversions of one Config for layers and models that "
+                    "share one compiled graph, or torch.compiler.reset() between them."
+                )
+            return True
         if state.choice == slot.choice:
             return False
         if self._options.strict:

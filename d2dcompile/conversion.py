@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .attachment import attach, detach, kept_on_error
+from .attachment import attach, detach, kept_on_error, recompiled_for_other_plans
 from .calibrate import Draft, calibrate
 from .capture import unwrap
 from .config import Config
@@ -33,14 +33,15 @@ def convert(
     arguments, a tuple of arguments or a tensor; streamed once, in eval mode without gradients.
     config: see `Config`; by default from D2D_* variables. progress: show progress bars.
 
-    The same seed, weights and batches give the same conversion. A conversion attached before is
+    Gradients are permuted with their weights; what an optimizer or an average of weights keeps is not, so make
+    those afterwards. The same seed, weights and batches give the same conversion. A conversion attached before is
     replaced, and kept if this fails. Raises CalibrationError (no batches, values that are not finite,
     nothing to convert) and PlanError (experts do not divide a hidden size), both before the model is
     touched; warns with CalibrationWarning when there is too little data. Source: Szatkowski et al. 2024,
     arXiv:2310.04361, section 3, with the exact targets of `d2dcompile.calibrate`.
     """
     chosen = config if config is not None else Config.from_env()
-    with kept_on_error(model):
+    with recompiled_for_other_plans(model), kept_on_error(model):
         detach(model)
         drafts, dense = calibrate(unwrap(model), batches, chosen, progress)
         routers = _routers(drafts, chosen, progress)

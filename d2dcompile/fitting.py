@@ -110,7 +110,9 @@ def _start(
 ) -> tuple[Tensor, list[Tensor]]:
     """Random first layer; second layers by ridge regression on its features."""
     features = sites[0].x.shape[1]
-    w1 = torch.randn(width, features, generator=generator).to(sites[0].x.device)
+    w1 = torch.randn(width, features, generator=generator, dtype=torch.float32).to(
+        sites[0].x.device
+    )
     w1 = w1 / math.sqrt(features)
     w2 = []
     for data in sites:
@@ -119,7 +121,7 @@ def _start(
         hidden, goal = (x @ w1.T).relu() * weight, goal * weight
         normal = hidden.T @ hidden
         ridge = 1e-2 * normal.diagonal().mean() + 1e-6
-        normal += ridge * torch.eye(width, device=normal.device)
+        normal += ridge * torch.eye(width, device=normal.device, dtype=normal.dtype)
         solved = torch.linalg.solve(normal, hidden.T @ goal).T.contiguous()
         w2.append(solved.requires_grad_())
     return w1.requires_grad_(), w2

@@ -24,8 +24,8 @@ def judge(scores: Tensor, goal: Tensor) -> dict[str, float]:
     correlation over all (token, expert) pairs, row_pearson and row_spearman: within a token, averaged over
     tokens (0 where nothing varies; equal values share their mean rank).
     """
-    spread = (goal - goal.mean(0)).square().sum().clamp_min(1e-30)
-    stats = {"r2": 1 - ((scores - goal).square().sum() / spread).item()}
+    spread = (goal - goal.mean(0)).double().square().sum().clamp_min(1e-30)
+    stats = {"r2": 1 - ((scores - goal).double().square().sum() / spread).item()}
     for tau in TAUS:
         chosen = ~(scores < tau * scores.amax(1, keepdim=True))
         exact = (goal > 0) & (goal >= tau * goal.amax(1, keepdim=True))

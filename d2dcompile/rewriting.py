@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -192,13 +193,18 @@ def rewrite(
     example_inputs: the inputs Dynamo gave with its graph, needed for graphs whose parameters are
     placeholders when rewriting outside of the backend call.
 
+    The result goes on as it is where the model is detached or converted again later, with the weights of
+    then.
+
     Raises NoConversionError if no site of the graph has experts in the conversion, and
-    ConversionMismatchError if the weights are not those that the conversion was made for.
+    ConversionMismatchError if the weights are not those that the conversion was made for, or have
+    another one attached.
     """
     captured = from_graph_module(graph_module, {}, example_inputs)
     matches, _ = match(captured)
     sites = [found for found in matches if found.site.convertible]
-    pairs = [(m, state) for m in sites if (state := state_of(m, conversion)) is not None]
+    found_states = states_of(sites, conversion)
+    pairs = [(m, state) for m, state in zip(sites, found_states, strict=True) if state is not None]
     if not pairs:
         raise NoConversionError(
             f"The graph has {len(sites)} convertible sites, none of which belongs to the conversion "
@@ -221,6 +227,8 @@ def rewrite(
     choices = {found.site.name: state.choice for found, state in pairs}
     gm, _ = _replaced(captured, found_in, buffers, shares, choices=choices)
     verify(gm, len(pairs))
+    for _, state in pairs:
+        state.rewritten = True
     return gm
 
 
@@ -228,7 +236,9 @@ def _constant(gm: GraphModule, state: State, name: str, value: Tensor) -> Node:
     """A buffer that shares memory with the attached operand."""
     target = f"d2d_{state.site.name}_{name}".replace(".", "_")
     if not hasattr(gm, target):
-        gm.register_buffer(target, value, persistent=False)
+        # A parameter itself would follow where `detach` points it to.
+        alias = value.view_as(value) if isinstance(value, nn.Parameter) else value
+        gm.register_buffer(target, alias, persistent=False)
     return gm.graph.get_attr(target)
 
 
@@ -242,6 +252,48 @@ def state_of(found: Match, conversion: Conversion | None) -> State | None:
         state = attach_by_weights(conversion, weights) if conversion is not None else None
     same = state is not None and state.meaning == meaning(found.activation)
     return state if same else None
+
+
+def states_of(found: Sequence[Match], conversion: Conversion | None) -> list[State | None]:
+    """`state_of` each match; a conversion's, if one is given, and a site that it leaves out has none.
+
+    Raises ConversionMismatchError where another conversion is attached than the given one, and where none of
+    the matches has the weights it was made for.
+    """
+    states: list[State | None] = []
+    error: ConversionMismatchError | None = None
+    for one in found:
+        state = None
+        try:
+            state = state_of(one, conversion)
+        except ConversionMismatchError as mismatch:
+            error = mismatch
+        given = conversion.experts.values() if conversion is not None else ()
+        if state is not None and given and not any(_same(state.experts, e) for e in given):
+            raise ConversionMismatchError(
+                f"Site {state.site.name!r} has another conversion attached than the one given. Expected the "
+                "same one: call detach(model) first, or attach(model, conversion) to replace it."
+            )
+        states.append(state)
+    if error is not None and not any(states):
+        raise error
+    return states
+
+
+def _same(one: Experts, other: Experts) -> bool:
+    """Whether these are the same experts and router, whatever their numbers and figures."""
+    tensors = ("permutation", "router1", "router2")
+    return one is other or (
+        one.plan == other.plan
+        and dict(one.hashes) == dict(other.hashes)
+        and all(_equal(getattr(one, t), getattr(other, t)) for t in tensors)
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether all values are the same; rows of NaN, which stand for shared experts, are."""
+    a, b = a.detach().cpu(), b.detach().cpu()
+    return torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
 
 
 def attach_by_weights(conversion: Conversion, weights: Mapping[str, Tensor]) -> State | None:

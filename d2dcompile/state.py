@@ -60,7 +60,7 @@ class State:
         self._weights = {role: weakref.ref(weight) for role, weight in weights.items()}
         self._tau: dict[torch.device, Tensor] = {}
         self._cache: dict[str, Any] = {}
-        self.rule, self.tau = _NUMBERS[experts] = experts.rule, experts.tau
+        self.rule, self.tau = present(experts)
         self.exact: float | None = None  # see Choice
         self._shared = float(experts.shared.float().mean())
         self.meaning = meaning(experts.site.activation)
@@ -70,7 +70,8 @@ class State:
         self.forced: Tensor | None = None  # see force_masks
         self.schedule = Schedule()
         self.learning: Learning | None = None  # see d2dcompile.finetuning
-        self.seen = self._fingerprint()
+        self.seen: tuple[Any, ...] = self.fingerprint()
+        self.rewritten = False  # whether a graph outside of torch.compile holds its operands
 
     @property
     def routers(self) -> tuple[Tensor, Tensor]:
@@ -124,6 +125,12 @@ class State:
                 "set_rule(model, 'max', tau) to go back."
             )
 
+    def apply(self, tau: float | None) -> None:
+        """Set the tau that a backend's option asks for: once, so that a recompilation keeps a later one."""
+        if tau is not None and self.applied != tau:
+            self.applied = tau
+            self.set_tau(tau)
+
     def set_tau(self, tau: float) -> None:
         """Change the threshold in place; TauError where the rule is another than "max"."""
         self.check_has_tau()
@@ -156,7 +163,7 @@ class State:
                 self._tau[device] = tau_bits(self.tau, device)
         return self._tau[device]
 
-    def _fingerprint(self) -> tuple[Any, ...]:
+    def fingerprint(self) -> tuple[Any, ...]:
         """Cheap identity of the weights' values: in-place edits and swaps of storage change it."""
         tensors = [ref() for ref in self._weights.values()]
         learning = self.routers if self.learning is not None else ()
@@ -172,7 +179,7 @@ class State:
         Costs a few attribute reads while nothing changed; otherwise the values are hashed once.
         A cast to another float dtype or a move to another device is recognised by its own hash.
         """
-        now = self._fingerprint()
+        now = self.fingerprint()
         if now == self.seen or self.learning is not None:
             return
         for role, name in self.site.tensors.items():
@@ -203,7 +210,7 @@ class State:
         if live or self.learning is not None:
             self._expect(None)
             return self._operands(detach=not torch.is_grad_enabled(), form=form)
-        key = tuple(entry[:2] for entry in self._fingerprint())
+        key = tuple(entry[:2] for entry in self.fingerprint())
         if self._cache.get("key") != key:
             self._expect(None)
             self._cache = {"key": key, "operands": self._operands(detach=True)}
@@ -232,7 +239,7 @@ class State:
         packs: whether kernels may keep a copy of the weights in an order of their own; int8: whether one
         token runs on an int8 copy.
         """
-        key, held = self._fingerprint(), self._prepared.get((packs, int8))
+        key, held = self.fingerprint(), self._prepared.get((packs, int8))
         if held is None or held[0] != key:
             names = operand_names(self.site)
             values: dict[str, Any] = dict.fromkeys(native.SLABS)
@@ -290,7 +297,7 @@ class State:
     def renew(self, experts: Experts) -> None:
         """Go on with experts of the same site that were recorded anew from its weights as they are."""
         self.experts, self.learning = experts, None
-        self.seen = self._fingerprint()
+        self.seen = self.fingerprint()
         self.release()
 
     def release(self) -> None:
