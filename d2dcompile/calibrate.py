@@ -115,7 +115,7 @@ class Calibrating:
         self._budget = self._limit(sites, plans)
         groups = self._groups(graph.matches, {site.name for site in new})
         for site in tqdm(new, "cluster", disable=not self.progress or not new, unit="site"):
-            found = self._shared_memory(site) or plans[site.name]
+            found = self._unnamed(site) or self._shared_memory(site) or plans[site.name]
             if isinstance(found, str):
                 self.dense[site.name] = found
             else:
@@ -153,6 +153,13 @@ class Calibrating:
 
     def _device(self, site: Site) -> str:
         return self.parameters[site.params["down"]].device.type
+
+    def _unnamed(self, site: Site) -> str:
+        """Why a site stays dense whose weights are no parameters of the model, or ""."""
+        for name in site.tensors.values():
+            if name not in self.parameters:
+                return f"{name} is no parameter of the model, which keeps its module apart"
+        return ""
 
     def _shared_memory(self, site: Site) -> str:
         """Why a site stays dense whose memory belongs to further parameters, or ""."""

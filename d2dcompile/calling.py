@@ -117,11 +117,14 @@ def operands_of(slots: Sequence[Slot], states: Sequence[State]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Looked:
-    """The result of one look-up, and what it rests on: each weight's identity, memory and version."""
+    """The result of one look-up, and what it rests on: each weight's identity, memory and version.
+
+    Nothing is kept alive by it: compiled graphs outlive models.
+    """
 
     weights: tuple[tuple[int, weakref.ref[Tensor], int, int | None], ...]
     states: tuple[tuple[int, weakref.ref[State], str, float | None], ...]
-    operands: Sequence[Tensor]
+    operands: tuple[weakref.ref[Tensor], ...]
 
     @classmethod
     def of(
@@ -141,7 +144,14 @@ class Looked:
             (slot.places["down"], weakref.ref(state), state.rule, state.exact)
             for slot, state in zip(slots, found, strict=True)
         )
-        return cls(weights, states, operands)
+        return cls(weights, states, tuple(map(weakref.ref, operands)))
+
+    def operands_for(self, args: Sequence[Any]) -> list[Tensor] | None:
+        """The operands of a call with these arguments, or None where it has to be looked up anew."""
+        if not self.holds(args):
+            return None
+        held = [operand for ref in self.operands if (operand := ref()) is not None]
+        return held if len(held) == len(self.operands) else None
 
     def holds(self, args: Sequence[Any]) -> bool:
         """Whether it is still true of a call with these arguments; about 0.15 us a weight."""
@@ -187,8 +197,9 @@ class Dispatching:
     def __call__(self, *args: Any) -> Any:
         weights = args + self._attributes
         last = self._last  # once: another thread may replace it
-        if last is not None and last.holds(weights):
-            return self._compiled(*args, *last.operands)
+        kept = last.operands_for(weights) if last is not None else None
+        if kept is not None:
+            return self._compiled(*args, *kept)
         states = self._look_up(weights)
         if states is None:
             return self._run_dense(args)

@@ -33,12 +33,12 @@ def convert(
     arguments, a tuple of arguments or a tensor; streamed once, in eval mode without gradients.
     config: see `Config`; by default from D2D_* variables. progress: show progress bars.
 
-    Gradients are permuted with their weights; what an optimizer or an average of weights keeps is not, so make
-    those afterwards. The same seed, weights and batches give the same conversion. A conversion attached before is
-    replaced, and kept if this fails. Raises CalibrationError (no batches, values that are not finite,
-    nothing to convert) and PlanError (experts do not divide a hidden size), both before the model is
-    touched; warns with CalibrationWarning when there is too little data. Source: Szatkowski et al. 2024,
-    arXiv:2310.04361, section 3, with the exact targets of `d2dcompile.calibrate`.
+    Gradients are permuted with their weights; what an optimizer or an average of weights keeps is not, so
+    make those afterwards. The same seed, weights and batches give the same conversion. A conversion
+    attached before is replaced, and kept if this fails. Raises CalibrationError (no batches, values that
+    are not finite, nothing to convert) and PlanError (experts do not divide a hidden size), both before the
+    model is touched; warns with CalibrationWarning when there is too little data. Source: Szatkowski et al.
+    2024, arXiv:2310.04361, section 3, with the exact targets of `d2dcompile.calibrate`.
     """
     chosen = config if config is not None else Config.from_env()
     with recompiled_for_other_plans(model), kept_on_error(model):

@@ -1,6 +1,9 @@
 """Models that are copied, reloaded, detached, converted again or wrapped after their conversion."""
 
 import copy
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -70,7 +73,10 @@ def test_another_conversion_than_the_attached_one_is_refused(dense, tmp_path) ->
     _, first = converted(dense)
     first.save(tmp_path)
     model, other = converted(dense, d2d.Config(experts=8, router_width=8, router_epochs=1))
-    with torch.no_grad(), pytest.raises(ConversionMismatchError, match="another conversion attached"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ConversionMismatchError, match="another conversion attached"),
+    ):
         torch.compile(model, backend="d2dmoe", options={**EAGER, "conversion": tmp_path})(data()[0])
     with pytest.raises(ConversionMismatchError, match="another conversion attached"):
         d2d.rewrite(torch.fx.symbolic_trace(model), first)
@@ -164,7 +170,9 @@ def test_gradients_are_put_in_order_with_their_weights(dense) -> None:
     model(data()[0]).square().sum().backward()
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
     up = model.blocks[0].up.weight
-    pairs = {tuple(row.tolist()): grad.clone() for row, grad in zip(up.detach(), up.grad, strict=True)}
+    pairs = {
+        tuple(row.tolist()): grad.clone() for row, grad in zip(up.detach(), up.grad, strict=True)
+    }
     d2d.convert(model, data(), SMALL, progress=False)
     for row, grad in zip(up.detach(), up.grad, strict=True):
         assert torch.equal(pairs[tuple(row.tolist())], grad)
@@ -197,7 +205,7 @@ def test_blocks_of_one_module_in_two_graphs_are_both_kept() -> None:
 
 
 def test_another_thread_never_changes_the_operands_of_a_call(dense) -> None:
-    """The look-up that a call has checked is the one it runs with, whatever another call looks up meanwhile."""
+    """The look-up that a call has checked is the one it runs with, whatever another looks up meanwhile."""
     model, _ = converted(dense)
     d2d.set_tau(model, 1.0)
     other, _ = converted(testing.Stack(depth=2).eval())
@@ -226,3 +234,56 @@ def test_another_thread_never_changes_the_operands_of_a_call(dense) -> None:
             assert torch.equal(seen[0](x), wanted)
         finally:
             calling.Looked.holds = holds
+
+
+def test_first_calls_of_threads_share_one_copy_of_the_weights() -> None:
+    model = testing.Stack(depth=1, d=64, h=512).eval()
+    dense = copy.deepcopy(model)
+    d2d.convert(model, [torch.randn(64, 64)], SMALL, progress=False)
+    fast = torch.compile(model, backend="d2dmoe", dynamic=True)
+    x, gaps, start = torch.randn(64, 64), [], threading.Barrier(4)
+    with torch.no_grad():
+        fast(x[:1])  # reads the weights where they lie
+
+    @torch.no_grad()
+    def call() -> None:
+        start.wait()
+        gaps.extend(float((fast(x) - dense(x)).abs().max()) for _ in range(20))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(gaps) == 80 and max(gaps) < 1e-5
+
+
+def test_compiled_graphs_keep_no_model_alive(dense) -> None:
+    model, _ = converted(dense)
+    fast = torch.compile(model, backend="d2dmoe", options={"inner": "aot_eager"})
+    with torch.no_grad():
+        fast(data()[0])
+        fast(data()[0])
+    storages = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
+    del model, fast
+    gc.collect()
+    assert not [ref for ref in storages if ref() is not None]
+
+
+class Hidden(nn.Module):
+    """A block that is a submodule, and one that is kept out of the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = testing.Stack(depth=1)
+        self.apart = [testing.Stack(depth=1)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.apart[0](self.block(x))
+        return y
+
+
+def test_a_block_that_is_no_part_of_the_model_stays_dense_with_a_reason() -> None:
+    conversion = d2d.convert(Hidden().eval(), data(), SMALL, progress=False)
+    assert len(conversion.experts) == 1
+    assert any("no parameter of the model" in why for why in conversion.dense.values())

@@ -133,7 +133,7 @@ int64_t d2d_hidden(const void* record, const void* x, const void*, void* y, int6
     const Site& site = *static_cast<const Site*>(record);
     const int64_t rows = elements / D, last = rows ? (rows - 1) % CHUNK + 1 : 0;  // rows of the smallest part
     bool wanted = false;
-    for (int64_t i = 0; i < site.sharer_count; ++i) wanted |= routes(*site.sharers[i], last);
+    for (int64_t i = 0; i < site.sharer_count; ++i) wanted |= routes(*site.sharers[i], last, tau_of(*site.sharers[i]));
     if (!wanted) {
         std::memset(y, 0xff, size_t(rows * R) * sizeof(element));
         return RAN;

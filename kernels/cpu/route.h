@@ -61,9 +61,9 @@ void list_all(Call& call, Team team) {
 }
 
 // Whether a call of so many rows reads scores.
-bool routes(const Site& site, int64_t rows) {
+bool routes(const Site& site, int64_t rows, float tau) {
     const bool dense = site.dense_rows && rows >= site.dense_rows;
-    return !dense && (*site.tau != 0 || site.forced);
+    return !dense && (tau != 0 || site.forced);
 }
 
 // call.routed = relu(x router1^T); a thread may read its own rows [r0, r1) afterwards.
@@ -95,18 +95,16 @@ void route(Call& call, Team team) {
     const Site& site = call.site;
     const auto [me, n] = team;
     const int64_t rows = call.rows, r0 = rows * me / n, r1 = rows * (me + 1) / n;
-    if (!routes(site, rows)) return list_all(call, team);
+    if (!routes(site, rows, call.tau)) return list_all(call, team);
     if (!call.given) route_hidden(call, team, r0, r1);
     const lane* hidden = as_lanes(call.given ? call.given : call.routed);
     const lane* second = site.router + RB * KS * 2 * VL;
     router_product<true>(hidden, RL, r0, r1, second, RS, 0, EB, call.scores, EP);
-    float tau;
-    std::memcpy(&tau, site.tau, sizeof tau);
     int32_t* counts = call.counts + me * E;
     std::fill(counts, counts + E, 0);
     for (int64_t r = r0; r < r1; ++r) {
         uint8_t* mask = call.mask + r * E;
-        gate_row(call.scores + r * EP, tau, mask);
+        gate_row(call.scores + r * EP, call.tau, mask);
         if (site.forced) std::memcpy(mask, site.forced + r % site.forced_rows * E, E);
         for (int64_t e = 0; e < E; ++e) counts[e] += mask[e];
     }

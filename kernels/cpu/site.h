@@ -127,6 +127,12 @@ struct Lists {
     int64_t count(int64_t e) const { return offsets[e + 1] - offsets[e]; }
 };
 
+float tau_of(const Site& site) {
+    float tau = 0;
+    if (site.tau) std::memcpy(&tau, site.tau, sizeof tau);
+    return tau;
+}
+
 struct Call {
     const Site& site;
     const element* x;
@@ -136,6 +142,7 @@ struct Call {
     Barrier barrier;
     Lists lists;
     const element* given;  // relu(x router1^T) [rows, R] where it is shared, or null
+    const float tau = tau_of(site);  // read once: threads that read another than their team's would wait for ever
     // scratch
     lane *hidden = nullptr, *pairs = nullptr;
     element *routed = nullptr, *scores = nullptr;

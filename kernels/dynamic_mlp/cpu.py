@@ -8,6 +8,7 @@ which case each call packs what it needs.
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import lru_cache
 
 import torch
@@ -17,6 +18,11 @@ from ...ir import Schedule
 from .. import build, native
 from ..native import Spec, address, read, write
 from . import Prepared, dynamic_mlp
+
+ATTEMPTS = 4  # of a first call: both copies, another thread's, and the run
+_COPYING = (
+    threading.Lock()
+)  # copies are made one at a time: a second one would free what kernels read
 
 
 def spec_of(block: Prepared) -> Spec:
@@ -125,16 +131,23 @@ def _attend(x: Tensor, record: Tensor, hidden: Tensor | None, width: int, out: T
     if not read(record, "run"):
         out.copy_(dynamic_mlp.meaning(x, record, width, hidden))
         return
-    if rows == 1 and read(record, "quantises"):
-        quantise(block)
-    elif read(record, "packs"):
-        pack(block)
-    else:
-        raise native.no_memory(rows) from None
-    if hidden is None:
-        run_out(x, record, width, out=out)
-    else:
-        run_given_out(x, record, hidden, width, out=out)
+    parts = (record, x, out) if hidden is None else (record, x, hidden, out)
+    call = build.call(given=hidden is not None)
+    assert call is not None
+    for attempt in range(ATTEMPTS):
+        with _COPYING:
+            if rows == 1 and read(record, "quantises"):
+                quantise(block)
+            elif read(record, "packs"):
+                pack(block)
+            elif attempt:  # at first another thread may have made what this one asked for
+                break
+        try:
+            call(*parts, x.numel())
+            return
+        except RuntimeError:
+            continue
+    raise native.no_memory(rows) from None
 
 
 def run(x: Tensor, record: Tensor, width: int, hidden: Tensor | None = None) -> Tensor:
