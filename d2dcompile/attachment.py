@@ -235,22 +235,7 @@ def detach(model: nn.Module) -> nn.Module:
     those that a checkpoint in the original order was loaded into stay as they are. Graphs that `rewrite`
     made go on with the values of before. Raises WeightsChangedError for a weight that is gone from the model.
     """
-    named = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    own = {id(parameter) for parameter in named.values()}
-    for state in states(model):
-        held, found = state.weights(), {}
-        for role, name in state.site.tensors.items():
-            weight = held[role]
-            if weight is None or id(weight) not in own:
-                # By name: a parameter put in an old one's place is in expert order like the others.
-                weight = named.get(name)
-            if weight is None:
-                raise WeightsChangedError(
-                    f"Parameter {name} of site {state.site.name!r} is gone from this "
-                    f"{type(unwrap(model)).__name__}. Expected the module that was converted: undo what "
-                    "replaced its weights (parametrizations, adapters), then detach."
-                )
-            found[role] = weight
+    for state, found in [(state, _weights_in(model, state)) for state in states(model)]:
         if not _in_dense_order(state, found):
             order = torch.argsort(state.experts.permutation)
             for role in _distinct(state.site):
@@ -258,6 +243,26 @@ def detach(model: nn.Module) -> nn.Module:
         _STATES.pop(id(found["down"]), None)
         state.release()
     return model
+
+
+def _weights_in(model: nn.Module, state: State) -> dict[str, nn.Parameter]:
+    """A site's weights and biases that the model has now, by role; WeightsChangedError if one is gone."""
+    named = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    own = {id(parameter) for parameter in named.values()}
+    held, found = state.weights(), {}
+    for role, name in state.site.tensors.items():
+        weight = held[role]
+        if weight is None or id(weight) not in own:
+            # By name: a parameter put in an old one's place is in expert order like the others.
+            weight = named.get(name)
+        if weight is None:
+            raise WeightsChangedError(
+                f"Parameter {name} of site {state.site.name!r} is gone from this "
+                f"{type(unwrap(model)).__name__}. Expected the module that was converted: undo what "
+                "replaced its weights (parametrizations, adapters), then detach."
+            )
+        found[role] = weight
+    return found
 
 
 def _in_dense_order(state: State, weights: Mapping[str, nn.Parameter]) -> bool:

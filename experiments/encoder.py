@@ -38,7 +38,7 @@ from .text import Fragment, fragments
 
 DECISIVE = ("length", "batch", "classes")  # of a model
 RATE = 2e-4
-EXECUTED = (0.3,)  # share that a tau per site is fitted to: a search takes six minutes
+EXECUTED = (0.3,)  # share that a tau per site is fitted to: a search takes four minutes
 MEASURED = ("calibration", "validation", "test")  # of its curves, too
 HOYER = {"penalty": "hoyer", "weight": 3.0, "schedule": "linear_warmup"}
 

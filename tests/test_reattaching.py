@@ -129,12 +129,15 @@ def test_detaching_and_converting_through_a_parent_finds_the_weights(dense) -> N
 
 
 def test_detaching_where_a_weight_is_gone_says_so(dense) -> None:
+    """And nothing is detached, the sites before it included."""
     model, _ = converted(dense)
-    keep = model.blocks[0].up.weight
-    model.blocks[0].up = nn.Identity()
-    with pytest.raises(WeightsChangedError, match=r"blocks\.0\.up\.weight.*is gone"):
+    keep = model.blocks[1].up
+    model.blocks[1].up = nn.Identity()
+    with pytest.raises(WeightsChangedError, match=r"blocks\.1\.up\.weight.*is gone"):
         d2d.detach(nn.Sequential(model))
-    assert keep is not None
+    assert len(states(model)) == 2
+    model.blocks[1].up = keep
+    assert gap(d2d.detach(model), dense) < 1e-5
 
 
 def test_a_conversion_that_fails_leaves_its_own_error_and_the_earlier_conversion(dense) -> None:

@@ -20,9 +20,7 @@ from ..native import Spec, address, read, write
 from . import Prepared, dynamic_mlp
 
 ATTEMPTS = 4  # of a first call: both copies, another thread's, and the run
-_COPYING = (
-    threading.Lock()
-)  # copies are made one at a time: a second one would free what kernels read
+_COPYING = threading.Lock()  # of copies of weights: a second one would free what kernels read
 
 
 def spec_of(block: Prepared) -> Spec:
