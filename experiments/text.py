@@ -11,6 +11,7 @@ import hashlib
 import sysconfig
 import textwrap
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +103,7 @@ def blocks(tokenizer: Tokenizer, corpus: Corpus, split: str, length: int) -> Ten
 
 @dataclass(frozen=True)
 class Fragment:
-    """A function's or class's source, without what it is called from: text and the index of its module."""
+    """A function's source, without what it is called from: text and the index of its module."""
 
     text: str
     label: int
@@ -152,7 +153,11 @@ def fragments(classes: int = 24, most: int = 400, minimum: int = 120) -> Fragmen
 
 
 def _functions(text: str) -> list[str]:
-    """Source of every function in a file, dedented; none of a file this Python cannot parse."""
+    """Source of every function and method of a file, dedented; none of a file this Python cannot parse.
+
+    Functions inside a function come with that one alone: on their own, one could be tested on whose text
+    the other was trained on.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library's own escape sequences
@@ -162,6 +167,14 @@ def _functions(text: str) -> list[str]:
     lines = text.splitlines()
     return [
         textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in _outermost(tree)
     ]
+
+
+def _outermost(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions below a node that stand in no other function, in the order of the source."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        else:
+            yield from _outermost(child)
