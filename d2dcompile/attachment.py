@@ -9,7 +9,7 @@ is stored neuron-major ([H, D], so that each expert is one contiguous slab) behi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ from .state import State
 
 _STATES: dict[int, State] = {}  # by the identity of the down weight
 _OWNERS: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()  # of any weight
+# Other weights of models with a conversion, see `left_dense`.
+_LEFT: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
 
 
 def lookup(parameter: Any) -> State | None:
@@ -48,6 +50,17 @@ def owner(parameter: Any) -> State | None:
         if state is not None and any(p is parameter for p in state.weights().values())
         else None
     )
+
+
+def left_dense(parameter: Any) -> bool:
+    """Whether a conversion is attached to the model of this very tensor, and leaves it out."""
+    return _LEFT.get(id(parameter)) is parameter and owner(parameter) is None
+
+
+def has_shape(shape: Sequence[int]) -> bool:
+    """Whether any attached site has a down weight of this shape."""
+    held = (state.weights()["down"] for state in list(_STATES.values()))
+    return any(weight is not None and list(weight.shape) == list(shape) for weight in held)
 
 
 def states(model: nn.Module) -> list[State]:
@@ -76,20 +89,34 @@ def attach(model: nn.Module, conversion: Conversion) -> nn.Module:
 
     Raises ConversionMismatchError naming the first parameter that is missing or different.
     """
-    with recompiled_for_other_plans(model), kept_on_error(model):
+    with recompiled(model), kept_on_error(model):
         detach(model)
         for work in [_recognised(model, experts) for experts in conversion.experts.values()]:
             register(*work)
+        own = unwrap(model).parameters()
+        _LEFT.update((id(weight), weight) for weight in own if owner(weight) is None)
     return model
 
 
 @contextmanager
-def recompiled_for_other_plans(model: nn.Module) -> Iterator[None]:
-    """Make torch.compile forget its graphs if the block gives a site experts of other sizes."""
+def recompiled(model: nn.Module) -> Iterator[None]:
+    """Make torch.compile forget its graphs if the block makes them wrong in a way that they do not guard on.
+
+    Those are experts of other sizes than a site had before, and experts of a site that had none and whose
+    weights keep their strides, as those of a copied converted model do.
+    """
     before = {state.site.name: state.experts.plan for state in states(model)}
+    strides = {id(weight): weight.stride() for weight in unwrap(model).parameters()}
     yield
-    after = {state.site.name: state.experts.plan for state in states(model)}
-    if any(after.get(name, plan) != plan for name, plan in before.items()):
+    held = states(model)
+    after = {state.site.name: state.experts.plan for state in held}
+    other = any(after.get(name, plan) != plan for name, plan in before.items())
+    unnoticed = any(
+        all(w is None or strides.get(id(w)) == w.stride() for w in state.weights().values())
+        for state in held
+        if state.site.name not in before
+    )
+    if other or unnoticed:
         torch.compiler.reset()
 
 
@@ -242,6 +269,8 @@ def detach(model: nn.Module) -> nn.Module:
                 _reorder(state.site, role, found[role], order, back=True, fresh=state.rewritten)
         _STATES.pop(id(found["down"]), None)
         state.release()
+    for weight in unwrap(model).parameters():
+        _LEFT.pop(id(weight), None)
     return model
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.nn import Parameter
 
-from .attachment import owner
+from .attachment import has_shape, left_dense, owner
 from .calling import Dispatching, Part, Slot, operands_of
 from .capture import Captured, from_dynamo
 from .dumping import dump
@@ -60,6 +61,7 @@ def backend(
         converted = [m for m in matches if m.site.name in states]
         _warn_of_unmatched(captured, states.values(), misses)
         if not converted:
+            _warn_of_other_tensors(misses)
             return _inner(gm, example_inputs, chosen, mode)
         forms = lower(converted, states, chosen.pack, chosen.int8, chosen.inner == "inductor")
         choices = {name: state.choice for name, state in states.items()}
@@ -106,6 +108,29 @@ def _warn_of_unmatched(
             )
 
 
+def _warn_of_other_tensors(misses: Sequence[Miss]) -> None:
+    """Warn of linears whose weight has the shape of a converted one and is no parameter of any module."""
+    for miss in misses:
+        weight = miss.node.args[1] if miss.node and len(miss.node.args) > 1 else None
+        if not isinstance(weight, Node) or weight.op != "placeholder":
+            continue
+        value = weight.meta.get("example_value")
+        if (
+            isinstance(value, Tensor)
+            and not isinstance(value, Parameter)
+            and has_shape(value.shape)
+        ):
+            warnings.warn(
+                f"A linear ({miss.where}) reads a weight of shape {list(value.shape)}, as a converted site "
+                "has one, which is not a Parameter: sites are found by their own parameters, so this one "
+                "runs dense. torch.func.functional_call with other tensors and replicas of nn.DataParallel "
+                "do so: call the model itself, or use DistributedDataParallel.",
+                DenseFallbackWarning,
+                stacklevel=2,
+            )
+            return
+
+
 def _plain(error: D2DError) -> D2DError:
     """The same error of the same type, in a form that Dynamo passes on instead of wrapping it."""
     if isinstance(error, ShortenTraceback):
@@ -131,10 +156,11 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
     if fresh and TracingContext.try_get() is not None:
         # Attaching changed the strides of weights, which Dynamo recorded before and guards on.
         raise TensorifyScalarRestartAnalysis(restart_reason="d2dmoe attached a conversion")
-    if sites and not states:
-        names = ", ".join(found.site.name for found in sites)
+    asked = [m for m in sites if not left_dense(m.tensors()["down"])]
+    if asked and not states:
+        names = ", ".join(found.site.name for found in asked)
         message = (
-            f"No conversion for the {len(sites)} convertible sites of this graph ({names}). Call "
+            f"No conversion for the {len(asked)} convertible sites of this graph ({names}). Call "
             "d2dcompile.convert(model, batches) or d2dcompile.load(folder).attach(model) first, or "
             'pass options={"conversion": folder}.'
         )

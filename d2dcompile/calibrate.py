@@ -11,6 +11,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from .cluster import balanced_kmeans, permutation, random_split
 from .coactivation import coactive_labels, key_of, labels_or_weights
 from .config import Config
-from .errors import CalibrationError, CalibrationWarning
+from .errors import CalibrationError, CalibrationWarning, ConfigError
 from .explaining import observed
 from .ir import Plan, Site
 from .layout import overlaps, slabs
@@ -101,6 +102,8 @@ class Calibrating:
         self.dense: dict[str, str] = {}
         self.batch = 0
         self._running: list[Draft | None] = []
+        self._widths: dict[tuple[str, ...], tuple[int, int]] = {}  # of each site, D and E
+        self._unused = set(config.exclude)
         self.strangers: set[str] = set()
         self.storages: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
@@ -112,10 +115,12 @@ class Calibrating:
         sites = [found.site for found in graph.matches]
         new = [s for s in sites if s.name not in self.dense and key_of(s) not in self.drafts]
         plans = {site.name: plan(site, self.config) for site in new}
-        self._budget = self._limit(sites, plans)
+        self._budget = self._limit(new, plans)
+        for draft in self.drafts.values():
+            draft.sample.restrict(self._budget)
         groups = self._groups(graph.matches, {site.name for site in new})
         for site in tqdm(new, "cluster", disable=not self.progress or not new, unit="site"):
-            found = self._unnamed(site) or self._shared_memory(site) or plans[site.name]
+            found = self._kept_dense(site) or plans[site.name]
             if isinstance(found, str):
                 self.dense[site.name] = found
             else:
@@ -153,6 +158,19 @@ class Calibrating:
 
     def _device(self, site: Site) -> str:
         return self.parameters[site.params["down"]].device.type
+
+    def _kept_dense(self, site: Site) -> str:
+        """Why a site stays dense that could be divided, or ""."""
+        return self._excluded(site) or self._unnamed(site) or self._shared_memory(site)
+
+    def _excluded(self, site: Site) -> str:
+        """Which pattern of Config.exclude a site's name fits, or ""."""
+        names = site.name, self._named(site).name
+        for pattern in self.config.exclude:
+            if any(fnmatchcase(name, pattern) for name in names):
+                self._unused.discard(pattern)
+                return f"Config.exclude has {pattern!r}"
+        return ""
 
     def _unnamed(self, site: Site) -> str:
         """Why a site stays dense whose weights are no parameters of the model, or ""."""
@@ -194,15 +212,17 @@ class Calibrating:
             )
         draft.sample.add(rows, targets)
 
-    def _limit(self, sites: Sequence[Site], plans: dict[str, Plan | str]) -> int:
-        """Tokens to keep per site so that all sites together stay within the memory budget."""
-        experts = [p.experts for p in plans.values() if isinstance(p, Plan)]
-        per_row = max((s.d_model for s in sites), default=1) * 4 + max(experts, default=1) * 4
-        count = max(len({key_of(site) for site in sites}), 1)
-        fits = int(
-            self.config.calibration_bytes / (1.5 * count * per_row)
-        )  # Sample keeps 1.5 limits
-        return max(1, min(self.config.calibration_tokens, fits))
+    def _limit(self, new: Sequence[Site], plans: dict[str, Plan | str]) -> int:
+        """Tokens to keep per site so that all, of this graph and of earlier ones, stay within the memory."""
+        for site in new:
+            chosen = plans[site.name]
+            experts = chosen.experts if isinstance(chosen, Plan) else 1
+            self._widths[key_of(site)] = site.d_model, experts
+        widest = [max(sizes, default=1) for sizes in zip(*self._widths.values(), strict=True)]
+        kept = 1.5 * max(len(self._widths), 1) * 4 * max(sum(widest), 1)  # Sample keeps 1.5 limits
+        return max(
+            1, min(self.config.calibration_tokens, int(self.config.calibration_bytes / kept))
+        )
 
     def _draft(self, site: Site, chosen: Plan, group: str) -> Draft:
         weights = {role: self.parameters[name].detach() for role, name in site.tensors.items()}
@@ -243,6 +263,12 @@ class Calibrating:
                 self.dense[draft.site.name] = "no calibration token reached it"
             if draft.site.name in self.dense:
                 del self.drafts[key]
+        if self._unused:
+            names = [*(d.site.name for d in self.drafts.values()), *self.dense]
+            raise ConfigError(
+                f"Config.exclude has {sorted(self._unused)[0]!r}, which is the name of no site; expected "
+                f"patterns of: {', '.join(names) or 'none, as no block matched'}."
+            )
         if not self.drafts:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.dense.items())
             raise CalibrationError(

@@ -145,7 +145,7 @@ def source_path(text: str) -> str:
     """The module path in a text such as "L['self']._modules['encoder']._parameters['weight']"."""
     for old, new in (("_modules['", "."), ("_parameters['", "."), ("_buffers['", "."), ("']", "")):
         text = text.replace(old, new)
-    return ".".join(part for part in text.split(".") if part and not part.startswith("L["))
+    return ".".join(part for part in text.split(".") if part and part[:2] not in ("L[", "G["))
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:

@@ -50,6 +50,7 @@ class Config:
             of the first calibration batches activate a neuron) or "random" (a baseline).
         calibration_tokens: tokens kept per site for fitting routers, a uniform sample of the stream.
         calibration_bytes: memory for kept tokens over all sites; lowers the former when exceeded.
+        exclude: patterns, as of a shell ("layers.0.*"), of the names of sites to leave dense.
         seed: of clustering, sampling and router fitting; same seed, same artifact.
     """
 
@@ -67,6 +68,7 @@ class Config:
     clustering: str = "kmeans"
     calibration_tokens: int = 65536
     calibration_bytes: int = 4 << 30
+    exclude: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +90,13 @@ class Config:
                 f"Config.share_routers is {self.share_routers!r}; expected True or False."
             )
         self._check_rule()
+        patterns = isinstance(self.exclude, (tuple, list))
+        if not (patterns and all(isinstance(p, str) for p in self.exclude)):
+            raise ConfigError(
+                f"Config.exclude is {self.exclude!r}; expected a tuple of patterns of site names, such as "
+                '("layers.0.*",).'
+            )
+        object.__setattr__(self, "exclude", tuple(self.exclude))
         for name in ("seed", "shared_experts", "router_patience"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -151,6 +160,8 @@ def _parse(variable: str, name: str, text: str) -> Any:
         if text.lower() not in ("true", "false", "1", "0"):
             raise ConfigError(f"{variable} is {text!r}; expected true or false.")
         return text.lower() in ("true", "1")
+    if name == "exclude":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     number = name in ("tau", "rule_value")
     try:
         return float(text) if number else int(text)

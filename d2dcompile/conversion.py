@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .attachment import attach, detach, kept_on_error, recompiled_for_other_plans
+from .attachment import attach, detach, kept_on_error, recompiled
 from .calibrate import Draft, calibrate
 from .capture import unwrap
 from .config import Config
@@ -41,7 +41,7 @@ def convert(
     2024, arXiv:2310.04361, section 3, with the exact targets of `d2dcompile.calibrate`.
     """
     chosen = config if config is not None else Config.from_env()
-    with recompiled_for_other_plans(model), kept_on_error(model):
+    with recompiled(model), kept_on_error(model):
         detach(model)
         drafts, dense = calibrate(unwrap(model), batches, chosen, progress)
         routers = _routers(drafts, chosen, progress)

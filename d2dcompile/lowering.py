@@ -12,6 +12,7 @@ from .errors import D2DWarning
 from .gpu_candidates import text as spelt
 from .gpu_schedules import choose
 from .kernels import build, native
+from .kernels.base import requested
 from .kernels.device import has_triton
 from .kernels.dynamic_mlp import cpu
 from .kernels.expert_mlp.call import of_native
@@ -51,7 +52,7 @@ def lower(
             if reason is None:
                 forms[found.site.name] = "routed"
             continue
-        reason = reason or _unsuited(found, state) or _no_kernel(state)
+        reason = reason or _requested() or _unsuited(found, state) or _no_kernel(state)
         if reason is None:
             chosen[found.site.name] = state
         else:
@@ -81,7 +82,7 @@ def running(state: State) -> str:
     """How an attached site runs here and why, for a report: kernel or ops, dense or not, copies."""
     if _on_gpu(state):
         return _on_gpu_text(state)
-    reason = _chosen_otherwise(state) or _no_kernel(state)
+    reason = _chosen_otherwise(state) or _requested() or _no_kernel(state)
     if reason is not None:
         return f"separate ops, since {reason}"
     text = [f"one kernel, {_spec(state)}"]
@@ -118,6 +119,12 @@ def _chosen_otherwise(state: State) -> str | None:
     if state.exact is not None:
         return "the exact norms of its experts are compared"
     return None if state.rule == "max" else f"kernels know the rule 'max', not {state.rule!r}"
+
+
+def _requested() -> str | None:
+    """Which other implementations D2D_IMPL asks for than the kernels of CPUs, or None if none."""
+    others = [f"{op}:{name}" for op, name in sorted(requested().items()) if name != "cpu"]
+    return f"D2D_IMPL asks for {', '.join(others)}" if others else None
 
 
 def _spec(state: State) -> native.Spec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,27 @@ log = logging.getLogger(__name__)
 
 
 def match(captured: Captured) -> tuple[list[Match], list[Miss]]:
-    """The sites of a graph in execution order, and one miss for each linear outside of them."""
-    return match_all(captured, *rules())
+    """The sites of a graph in execution order, and one miss for each linear outside of them.
+
+    Names are relative to the module that Dynamo found, so that two models of one function may have equal
+    ones: later ones get "#2" and so on.
+    """
+    found, misses = match_all(captured, *rules())
+    return _told_apart(found), misses
+
+
+def _told_apart(found: Sequence[Match]) -> list[Match]:
+    """The matches, with other names for those that have another one's name and not its weights."""
+    owners: dict[str, list[int]] = {}
+    apart = []
+    for one in found:
+        own, name, count = [id(tensor) for tensor in one.tensors().values()], one.site.name, 1
+        while owners.setdefault(name, own) != own:
+            count += 1
+            name = f"{one.site.name}#{count}"
+        renamed = name != one.site.name
+        apart.append(replace(one, site=replace(one.site, name=name)) if renamed else one)
+    return apart
 
 
 NO_FORMS: Mapping[str, Form] = {}

@@ -29,6 +29,12 @@ class Sample:
         if sum(len(part[0]) for part in self._parts) > 1.5 * self.limit:
             self._shrink()
 
+    def restrict(self, limit: int) -> None:
+        """Keep no more than so many rows from now on: those of the smallest keys, still a uniform sample."""
+        self.limit = min(self.limit, limit)
+        if sum(len(part[0]) for part in self._parts) > 1.5 * self.limit:
+            self._shrink()
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """The sample: x [n, D] and targets [n, E], n = min(limit, rows seen)."""
         self._shrink()

@@ -34,7 +34,8 @@ def config_of(value: Any) -> Config:
     given = check_object(value, "config")
     if given.keys().isdisjoint(later):  # an older file, which lacks all of them
         given = given | {f.name: f.default for f in fields(Config) if f.name in later}
-    given = {"share_routers": False, **given}  # nor was there anything to share before
+    # Nor was there anything to share, or to leave out.
+    given = {"share_routers": False, "exclude": (), **given}
     check_keys(given, tuple(field.name for field in fields(Config)), "config")
     try:
         check_tau(given["tau"])

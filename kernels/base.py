@@ -100,7 +100,7 @@ class Op:
         return [*(known.name for known in self._implementations), "reference"]
 
     def _run(self, *args: Any) -> Any:
-        wanted = _wanted().get(self.name)
+        wanted = requested().get(self.name)
         if wanted == "reference":
             return self.meaning(*args)
         if wanted is not None and wanted not in self.names():
@@ -121,7 +121,8 @@ def op(version: int) -> Callable[[Callable[..., Any]], Op]:
     return lambda meaning: Op(meaning, version)
 
 
-def _wanted() -> dict[str, str]:
+def requested() -> dict[str, str]:
+    """{op: implementation} that D2D_IMPL asks for; KernelError for unknown ops and what is no such list."""
     wanted = _parse_wanted(os.environ.get("D2D_IMPL", ""))
     if not wanted.keys() <= _OPS:
         unknown = ", ".join(sorted(wanted.keys() - _OPS))

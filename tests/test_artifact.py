@@ -476,7 +476,7 @@ def first(document):
     return document["sites"][0]
 
 
-NEWER = ("interleaved", "d_out", "share_routers")  # files of earlier versions lack them
+NEWER = ("interleaved", "d_out", "share_routers", "exclude")  # files of earlier versions lack them
 
 
 def test_files_of_earlier_versions_are_read(folder):
@@ -486,7 +486,7 @@ def test_files_of_earlier_versions_are_read(folder):
         for item in document["sites"]:
             for key in NEWER[:2]:
                 del item["site"][key]
-        del document["config"]["share_routers"]
+        del document["config"]["share_routers"], document["config"]["exclude"]
 
     edit(folder, older)
     assert same(d2d.load(folder), original)

@@ -22,6 +22,7 @@ from d2dcompile.errors import (
     TauError,
     WeightsChangedError,
 )
+from d2dcompile.kernels import native
 from d2dcompile.kernels.expert_mlp import expert_mlp
 from d2dcompile.kernels.expert_mlp.gpu import EXPECTED
 from d2dcompile.passes.forms import operand_names
@@ -575,3 +576,16 @@ def test_report_names_the_schedules_on_a_gpu(monkeypatch) -> None:
     found = lowering.running(states(model)[0])
     assert "1 tokens: d" in found and "64 tokens: d" in found and "4096 tokens: " in found
     assert f"share of {states(model)[0].expected_share():.2f}" in found
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_an_implementation_asked_for_by_the_variable_runs(
+    inner: str, experts: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under Inductor too, which calls the kernel of a whole block itself."""
+    monkeypatch.setattr(native, "SMALLEST", 0)
+    monkeypatch.setenv("D2D_IMPL", "expert_mlp:reference")
+    model = converted(depth=1)
+    with torch.no_grad():
+        compiled(model, inner=inner)(torch.randn(5, 16))
+    assert experts.calls == 1

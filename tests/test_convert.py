@@ -201,6 +201,61 @@ def test_the_memory_budget_limits_kept_tokens() -> None:
     assert set(conversion.experts) == {"blocks.0", "blocks.1"}
 
 
+class Apart(nn.Module):
+    """Blocks in graphs of their own."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.stack = testing.Stack(depth)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.stack.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+def test_the_memory_budget_is_for_the_blocks_of_all_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether one graph holds them or each its own: the last of three used to get as much as all."""
+    kept: list[int] = []
+    rows = Sample.rows
+    monkeypatch.setattr(Sample, "rows", lambda self: kept.append(len(rows(self)[0])) or rows(self))
+    for model in (testing.Stack(3), Apart(3)):
+        convert(model, calibration_bytes=20_000)
+    assert len(kept) == 6 and len(set(kept)) == 1
+    assert 3 * kept[0] * 1.5 * 4 * (16 + 8) <= 20_000
+
+
+def test_a_sample_restricted_on_the_way_is_the_one_that_was_so_all_along() -> None:
+    rows = torch.arange(1000.0)[:, None]
+    late, early = (Sample(n, torch.Generator().manual_seed(0)) for n in (100, 30))
+    for i, part in enumerate(rows.split(100)):
+        late.add(part, part)
+        early.add(part, part)
+        if i == 4:
+            late.restrict(30)
+            late.restrict(60)  # no looser again
+    assert torch.equal(late.rows()[0], early.rows()[0]) and len(late.rows()[0]) == 30
+
+
+def test_excluded_blocks_stay_dense() -> None:
+    model = testing.Stack(3)
+    conversion = convert(model, exclude=("*.0", "blocks.2"))
+    assert list(conversion.experts) == ["blocks.1"]
+    assert conversion.dense == {
+        "blocks.0": "Config.exclude has '*.0'",
+        "blocks.2": "Config.exclude has 'blocks.2'",
+    }
+
+
+def test_a_pattern_that_excludes_nothing_is_refused_before_the_model_is_touched() -> None:
+    model = testing.Stack()
+    before = copy.deepcopy(model).state_dict()
+    with pytest.raises(ConfigError, match=r"'block\.0'.*patterns of: blocks\.0, blocks\.1"):
+        convert(model, exclude=("block.0",))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_random_clustering_is_another_split() -> None:
     a = convert(testing.Stack()).experts["blocks.0"].permutation
     b = convert(testing.Stack(), clustering="random").experts["blocks.0"].permutation
@@ -217,6 +272,8 @@ def test_random_clustering_is_another_split() -> None:
         ("tau", float("nan"), "tau is nan"),
         ("tau", True, "tau is True"),
         ("clustering", "magic", "clustering is 'magic'"),
+        ("exclude", "blocks.0", "exclude is 'blocks.0'; expected a tuple of patterns"),
+        ("exclude", (1,), "exclude is"),
         ("seed", -1, "seed is -1"),
     ],
 )
@@ -229,7 +286,9 @@ def test_configuration_from_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("D2D_EXPERT_SIZE", "16")
     monkeypatch.setenv("D2D_TAU", "0.25")
     monkeypatch.setenv("D2D_EXPERTS", "none")
-    assert d2d.Config.from_env(seed=3) == d2d.Config(expert_size=16, tau=0.25, seed=3)
+    monkeypatch.setenv("D2D_EXCLUDE", "layers.0.*, head")
+    wanted = d2d.Config(expert_size=16, tau=0.25, seed=3, exclude=("layers.0.*", "head"))
+    assert d2d.Config.from_env(seed=3) == wanted
     monkeypatch.setenv("D2D_EXPERT_SIZE", "many")
     with pytest.raises(ConfigError, match="D2D_EXPERT_SIZE is 'many'; expected an integer"):
         d2d.Config.from_env()
