@@ -16,8 +16,8 @@ import d2dcompile as d2d
 
 from . import lab
 
-TAUS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
-SHARES = (0.9, 0.75, 0.55, 0.4, 0.3, 0.2, 0.1)
+TAUS = (0.0, 0.03, 0.1, 0.15, 0.2, 0.25, 0.3, 0.37, 0.45, 0.57, 0.7)
+SHARES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1)
 QUICK_TAUS, QUICK_SHARES = (0.0, 0.1, 0.3, 1.0), (0.75, 0.4, 0.2)
 BUDGETS = (0.5, 0.3, 0.15)  # executed shares that per-site taus are fitted to
 

@@ -15,8 +15,9 @@ from dataclasses import replace
 
 from . import lab
 from .architectures import llama
-from .language import HOYER, QUICK, Sizes, run
+from .language import QUICK, Sizes, run
 
+HOYER = {"penalty": "hoyer", "weight": 0.7, "schedule": "linear_warmup"}
 FULL = Sizes(width=256, layers=6, heads=4, hidden=688, steps=400)
 
 

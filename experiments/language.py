@@ -63,7 +63,7 @@ QUICK = Sizes(
 
 DECISIVE = ("vocabulary", "length", "width", "layers", "heads", "hidden", "batch")  # of a model
 MEASURED = ("calibration", "validation", "test")  # of its curves, too
-HOYER = {"penalty": "hoyer", "weight": 0.7, "schedule": "linear_warmup"}
+HOYER = {"penalty": "hoyer", "weight": 0.5, "schedule": "linear_warmup"}
 
 
 @cache

@@ -24,7 +24,7 @@ from . import lab
 from .architectures import gpt2
 from .language import HOYER, QUICK, Sizes, run
 
-CLAMPED = {"penalty": "clamped_l1", "weight": 0.05, "schedule": "linear_warmup"}
+CLAMPED = {"penalty": "clamped_l1", "weight": 0.5, "schedule": "linear_warmup"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
