@@ -11,7 +11,7 @@ Mixture-of-Experts Conversion, NeurIPS 2024, arXiv:2310.04361.
 """
 
 from . import errors
-from .attachment import attach, detach, set_rule, set_tau
+from .attachment import attach, detach
 from .config import Config
 from .conversion import convert
 from .explaining import Report, explain
@@ -23,6 +23,7 @@ from .reading import load
 from .relufying import Relufied, relufy
 from .replaced import Replaced, load_projections
 from .rewriting import rewrite
+from .setting import set_rule, set_tau
 from .solving import fit_tau
 from .sparsifying import SiteSparsity, Sparsifier, sparsify
 from .tuning import tune

@@ -9,7 +9,7 @@ is stored neuron-major ([H, D], so that each expert is one contiguous slab) behi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,23 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from .capture import unwrap
-from .config import check_tau
 from .errors import (
     ConversionMismatchError,
     NoConversionError,
-    RuleError,
-    TauError,
     WeightsChangedError,
 )
 from .ir import Conversion, Experts, Site
 from .layout import digest, permuted
-from .rules import check_rule, check_value
+from .leaving import dense_layouts, forget, former_plan, layout, leave, noted, put_back
 from .state import State
 
 _STATES: dict[int, State] = {}  # by the identity of the down weight
 _OWNERS: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()  # of any weight
-# Other weights of models with a conversion, see `left_dense`.
-_LEFT: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
 
 
 def lookup(parameter: Any) -> State | None:
@@ -52,15 +47,10 @@ def owner(parameter: Any) -> State | None:
     )
 
 
-def left_dense(parameter: Any) -> bool:
-    """Whether a conversion is attached to the model of this very tensor, and leaves it out."""
-    return _LEFT.get(id(parameter)) is parameter and owner(parameter) is None
-
-
-def has_shape(shape: Sequence[int]) -> bool:
-    """Whether any attached site has a down weight of this shape."""
-    held = (state.weights()["down"] for state in list(_STATES.values()))
-    return any(weight is not None and list(weight.shape) == list(shape) for weight in held)
+def attached_shapes() -> list[set[tuple[int, ...]]]:
+    """The shapes of each attached site's matrices."""
+    held = [state.weights().values() for state in list(_STATES.values())]
+    return [{tuple(w.shape) for w in weights if w is not None and w.dim() > 1} for weights in held]
 
 
 def states(model: nn.Module) -> list[State]:
@@ -93,8 +83,7 @@ def attach(model: nn.Module, conversion: Conversion) -> nn.Module:
         detach(model)
         for work in [_recognised(model, experts) for experts in conversion.experts.values()]:
             register(*work)
-        own = unwrap(model).parameters()
-        _LEFT.update((id(weight), weight) for weight in own if owner(weight) is None)
+        leave(unwrap(model), conversion.dense, states(model))
     return model
 
 
@@ -102,22 +91,20 @@ def attach(model: nn.Module, conversion: Conversion) -> nn.Module:
 def recompiled(model: nn.Module) -> Iterator[None]:
     """Make torch.compile forget its graphs if the block makes them wrong in a way that they do not guard on.
 
-    Those are experts of other sizes than a site had before, and experts of a site that had none and whose
-    weights keep their strides, as those of a copied converted model do.
+    Those are experts of other sizes than a site had before, and experts of a site for whose weights, of the
+    strides that they keep, a graph without experts was compiled: those of a copied converted model, say.
     """
-    before = {state.site.name: state.experts.plan for state in states(model)}
-    strides = {id(weight): weight.stride() for weight in unwrap(model).parameters()}
+    layouts = {id(weight): layout(weight) for weight in unwrap(model).parameters()}
+    before = {id(state.weight("down")): state.experts.plan for state in states(model)}
     yield
-    held = states(model)
-    after = {state.site.name: state.experts.plan for state in held}
-    other = any(after.get(name, plan) != plan for name, plan in before.items())
-    unnoticed = any(
-        all(w is None or strides.get(id(w)) == w.stride() for w in state.weights().values())
-        for state in held
-        if state.site.name not in before
-    )
-    if other or unnoticed:
-        torch.compiler.reset()
+    for state in states(model):
+        down = state.weight("down")
+        former = before.get(id(down)) or former_plan(down)
+        if former is None:
+            unnoticed = layouts.get(id(down)) == layout(down) and layout(down) in dense_layouts()
+        if unnoticed if former is None else former != state.experts.plan:
+            torch.compiler.reset()
+            return
 
 
 def _recognised(
@@ -142,6 +129,7 @@ def _recognised(
 def kept_on_error(model: nn.Module) -> Iterator[None]:
     """Put back the sites, rules and taus that were attached before, if the block raises."""
     before = [(state, state.rule, state.tau, state.weights()) for state in states(model)]
+    left = noted(states(model))
     try:
         yield
     except BaseException:
@@ -154,6 +142,8 @@ def kept_on_error(model: nn.Module) -> Iterator[None]:
                 state.seen = ()  # what was edited since the conversion is still told of
                 state.rule = rule
                 state.set_value(value)
+            if states(model):
+                put_back(left, states(model))
         raise
 
 
@@ -262,15 +252,15 @@ def detach(model: nn.Module) -> nn.Module:
     those that a checkpoint in the original order was loaded into stay as they are. Graphs that `rewrite`
     made go on with the values of before. Raises WeightsChangedError for a weight that is gone from the model.
     """
-    for state, found in [(state, _weights_in(model, state)) for state in states(model)]:
+    held = [(state, _weights_in(model, state)) for state in states(model)]
+    forget([state for state, _ in held])
+    for state, found in held:
         if not _in_dense_order(state, found):
             order = torch.argsort(state.experts.permutation)
             for role in _distinct(state.site):
                 _reorder(state.site, role, found[role], order, back=True, fresh=state.rewritten)
         _STATES.pop(id(found["down"]), None)
         state.release()
-    for weight in unwrap(model).parameters():
-        _LEFT.pop(id(weight), None)
     return model
 
 
@@ -302,62 +292,3 @@ def _in_dense_order(state: State, weights: Mapping[str, nn.Parameter]) -> bool:
         return recognise(state.experts, weights)
     except ConversionMismatchError:
         return False
-
-
-def set_tau(model: nn.Module, tau: float | Mapping[str, float]) -> None:
-    """Set the threshold of all sites, or of those named, without recompiling anything.
-
-    tau: 0 runs every expert (the dense model), larger is sparser, at most 1; or {site name: tau}.
-
-    Raises TauError for values that are not finite numbers in 0..1, unknown site names, sites that follow
-    another rule (see `set_rule`), and a model without an attached conversion. Nothing is changed when an
-    error is raised.
-    """
-    known = {state.site.name: state for state in states(model)}
-    if not known:
-        raise TauError(
-            f"This {type(unwrap(model)).__name__} has no attached conversion; expected one. "
-            "Call convert(model, batches) or load(folder).attach(model) first."
-        )
-    wanted = dict(tau) if isinstance(tau, Mapping) else dict.fromkeys(known, tau)
-    for name, value in wanted.items():
-        if name not in known:
-            raise TauError(f"No site {name!r}; expected one of {', '.join(known)}.")
-        check_tau(value)
-        known[name].check_has_tau()
-    for name, value in wanted.items():
-        known[name].set_value(float(value))
-
-
-def set_numbers(model: nn.Module, setting: Mapping[str, float]) -> None:
-    """Set {site name: number} of whatever rule each site follows: tau, k or p. Raises as `set_rule`."""
-    known = {state.site.name: state for state in states(model)}
-    for name, number in setting.items():
-        known[name].set_value(check_value(known[name].rule, number))
-
-
-def set_rule(model: nn.Module, rule: str, value: float | Mapping[str, float]) -> None:
-    """Let all sites, or those named, choose their experts by a rule with this number.
-
-    rule: "max" (value is tau, 0 runs everything), "top_k" (the number of experts, E or more run
-    everything) or "top_p" (the share of the scores' sum, 1 runs everything); see `kernels.gate`. value: a
-    number, or {site name: number}. Another number under the same rule recompiles nothing. Another rule
-    makes torch.compile forget its graphs, so that the next call compiles them anew; kernels that run a
-    whole block know "max" only, others run as separate ops.
-
-    Raises RuleError (TauError for a tau) for an unknown rule, a number that it cannot have and unknown
-    site names, and NoConversionError for a model without a conversion. Nothing is changed then.
-    """
-    known = {state.site.name: state for state in attached(model)}
-    check_rule(rule)
-    wanted = dict(value) if isinstance(value, Mapping) else dict.fromkeys(known, value)
-    for name, number in wanted.items():
-        if name not in known:
-            raise RuleError(f"No site {name!r}; expected one of {', '.join(known)}.")
-        check_value(rule, number)
-    changed = any(known[name].rule != rule for name in wanted)
-    for name, number in wanted.items():
-        known[name].rule = rule
-        known[name].set_value(float(number))
-    if changed:
-        torch.compiler.reset()

@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn import Parameter
 
-from .attachment import has_shape, left_dense, owner
+from .attachment import attached_shapes, lookup, owner
 from .calling import Dispatching, Part, Slot, operands_of
 from .capture import Captured, from_dynamo
 from .dumping import dump
 from .errors import D2DError, DenseFallbackWarning, NoConversionError
 from .ir import Conversion, Miss
+from .leaving import DenseGraph, is_left
 from .lowering import lower
 from .options import Options
 from .passes import Match
 from .reading import load
-from .rewriting import match, rewrite_captured, shared, state_of, states_of
+from .rewriting import match, parameter_places, rewrite_captured, shared, state_of, states_of
 from .state import State
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,9 @@ def backend(
         states = _states(captured, matches, chosen)
         converted = [m for m in matches if m.site.name in states]
         _warn_of_unmatched(captured, states.values(), misses)
+        _warn_of_other_tensors(captured)
         if not converted:
-            _warn_of_other_tensors(misses)
-            return _inner(gm, example_inputs, chosen, mode)
+            return _dense(captured, matches, _inner(gm, example_inputs, chosen, mode), chosen)
         forms = lower(converted, states, chosen.pack, chosen.int8, chosen.inner == "inductor")
         choices = {name: state.choice for name, state in states.items()}
         shares = shared(converted, [states[m.site.name] for m in converted], forms)
@@ -88,15 +89,15 @@ def _warn_of_unmatched(
     captured: Captured, running: Iterable[State], misses: Sequence[Miss]
 ) -> None:
     """Warn of converted sites whose weights are in the graph, but not as a block that matches."""
-    names = {state.site.name for state in running}
+    seen = {id(state) for state in running}
     reasons: dict[str, str] = {}
     for miss in misses:
         reasons.setdefault(miss.weight, miss.reason)
     by_weight = {id(tensor): captured.name(node) for node, tensor in captured.tensors.items()}
     for tensor in captured.tensors.values():
         state = owner(tensor)
-        if state is not None and state.site.name not in names:
-            names.add(state.site.name)
+        if state is not None and id(state) not in seen:
+            seen.add(id(state))
             down = by_weight.get(id(state.weights()["down"]), "")
             why = reasons.get(down, "no linear of this graph reads its down weight")
             warnings.warn(
@@ -108,27 +109,40 @@ def _warn_of_unmatched(
             )
 
 
-def _warn_of_other_tensors(misses: Sequence[Miss]) -> None:
-    """Warn of linears whose weight has the shape of a converted one and is no parameter of any module."""
-    for miss in misses:
-        weight = miss.node.args[1] if miss.node and len(miss.node.args) > 1 else None
-        if not isinstance(weight, Node) or weight.op != "placeholder":
-            continue
-        value = weight.meta.get("example_value")
-        if (
-            isinstance(value, Tensor)
-            and not isinstance(value, Parameter)
-            and has_shape(value.shape)
-        ):
+def _warn_of_other_tensors(captured: Captured) -> None:
+    """Warn of matrices that are no parameters and together have the shapes of a converted site's."""
+    shapes: dict[tuple[int, ...], str] = {}
+    for node in captured.placeholders():
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor) and not isinstance(value, Parameter) and value.dim() > 1:
+            sizes = tuple(value.shape)
+            if all(type(size) is int for size in sizes):  # comparing a symbol would fix it
+                shapes.setdefault(sizes, captured.name(node))
+    for site in attached_shapes() if shapes else ():
+        if site and site <= shapes.keys():
+            listed = " and ".join(f"{shapes[size]} {list(size)}" for size in sorted(site))
             warnings.warn(
-                f"A linear ({miss.where}) reads a weight of shape {list(value.shape)}, as a converted site "
-                "has one, which is not a Parameter: sites are found by their own parameters, so this one "
-                "runs dense. torch.func.functional_call with other tensors and replicas of nn.DataParallel "
-                "do so: call the model itself, or use DistributedDataParallel.",
+                f"This graph has matrices of a converted site's shapes that are not Parameters: {listed}. "
+                "Sites are found by their own parameters: a block made of these runs dense. "
+                "torch.func.functional_call with other tensors and replicas of nn.DataParallel do so: call "
+                "the model itself, or use DistributedDataParallel.",
                 DenseFallbackWarning,
                 stacklevel=2,
             )
             return
+
+
+def _dense(
+    captured: Captured, matches: Sequence[Match], compiled: Callable[..., Any], options: Options
+) -> Callable[..., Any]:
+    """A graph without experts, which notices a call with the weights of a converted block."""
+    sites = [found for found in matches if found.site.convertible]
+    if not sites:
+        return compiled
+    places = [parameter_places(captured, found)["down"] for found in sites]
+    weights = [found.tensors()["down"] for found in sites]
+    attributes = [captured.tensors[node] for node in captured.attributes()]
+    return DenseGraph(compiled, places, weights, attributes, lookup, options.strict)
 
 
 def _plain(error: D2DError) -> D2DError:
@@ -146,7 +160,14 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
     conversion = _load(options.conversion)
     states: dict[str, State] = {}
     fresh = False
-    sites = [found for found in matches if found.site.convertible]
+    dense = () if conversion is None else conversion.dense
+    sites = [
+        found
+        for found in matches
+        if found.site.convertible
+        and found.site.name not in dense
+        and not is_left(found.tensors()["down"])
+    ]
     before = [state_of(found, None) for found in sites]
     for found, held, state in zip(sites, before, states_of(sites, conversion), strict=True):
         fresh |= state is not held
@@ -156,11 +177,10 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
     if fresh and TracingContext.try_get() is not None:
         # Attaching changed the strides of weights, which Dynamo recorded before and guards on.
         raise TensorifyScalarRestartAnalysis(restart_reason="d2dmoe attached a conversion")
-    asked = [m for m in sites if not left_dense(m.tensors()["down"])]
-    if asked and not states:
-        names = ", ".join(found.site.name for found in asked)
+    if sites and not states:
+        names = ", ".join(found.site.name for found in sites)
         message = (
-            f"No conversion for the {len(asked)} convertible sites of this graph ({names}). Call "
+            f"No conversion for the {len(sites)} convertible sites of this graph ({names}). Call "
             "d2dcompile.convert(model, batches) or d2dcompile.load(folder).attach(model) first, or "
             'pass options={"conversion": folder}.'
         )

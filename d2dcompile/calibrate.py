@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cluster import balanced_kmeans, permutation, random_split
-from .coactivation import coactive_labels, key_of, labels_or_weights
+from .coactivation import coactive_labels, key_of, labels_or_weights, named
 from .config import Config
 from .errors import CalibrationError, CalibrationWarning, ConfigError
 from .explaining import observed
@@ -27,7 +26,7 @@ from .ir import Plan, Site
 from .layout import overlaps, slabs
 from .passes import Match
 from .passes.share_routing import same_inputs
-from .plan import plan
+from .plan import excluding, plan
 from .probe import Graph, arguments, probing
 from .router import gram
 from .routers import targets_of
@@ -99,10 +98,11 @@ class Calibrating:
         self.labels = labels
         self.progress = progress
         self.drafts: dict[tuple[str, ...], Draft] = {}
-        self.dense: dict[str, str] = {}
+        self.left: dict[
+            tuple[str, ...], tuple[str, str]
+        ] = {}  # name and reason of those kept dense
         self.batch = 0
         self._running: list[Draft | None] = []
-        self._widths: dict[tuple[str, ...], tuple[int, int]] = {}  # of each site, D and E
         self._unused = set(config.exclude)
         self.strangers: set[str] = set()
         self.storages: dict[int, list[str]] = {}
@@ -113,29 +113,40 @@ class Calibrating:
         """Draft new sites of the graph, then run it with its blocks observed."""
         self._note_strangers(graph)
         sites = [found.site for found in graph.matches]
-        new = [s for s in sites if s.name not in self.dense and key_of(s) not in self.drafts]
-        plans = {site.name: plan(site, self.config) for site in new}
-        self._budget = self._limit(new, plans)
+        new = self._new(sites)
+        self._budget = self._limit(new)
         for draft in self.drafts.values():
             draft.sample.restrict(self._budget)
-        groups = self._groups(graph.matches, {site.name for site in new})
-        for site in tqdm(new, "cluster", disable=not self.progress or not new, unit="site"):
-            found = self._kept_dense(site) or plans[site.name]
-            if isinstance(found, str):
-                self.dense[site.name] = found
-            else:
-                with torch.autocast(self._device(site), enabled=False):
-                    self.drafts.setdefault(
-                        key_of(site), self._draft(self._named(site), found, groups[site.name])
-                    )
+        groups = self._groups(graph.matches, {site.name for site, _ in new.values()})
+        bar = tqdm(new.items(), "cluster", disable=not self.progress or not new, unit="site")
+        for key, (site, chosen) in bar:
+            with torch.autocast(self._device(site), enabled=False):
+                self.drafts[key] = self._draft(self._named(site), chosen, groups[site.name])
         self._running = [self.drafts.get(key_of(site)) for site in sites]
         return observed(graph).forward(*args)
 
+    def _new(self, sites: Sequence[Site]) -> dict[tuple[str, ...], tuple[Site, Plan]]:
+        """Sites that were not met before, with their plans; those that stay dense are noted."""
+        new: dict[tuple[str, ...], tuple[Site, Plan]] = {}
+        for site in sites:
+            key = key_of(site)
+            if key in self.left or key in self.drafts or key in new:
+                continue
+            found = self._kept_dense(site) or plan(site, self.config)
+            if isinstance(found, str):
+                self.left[key] = self._named(site).name, found
+            else:
+                new[key] = site, found
+        return new
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """{site name: reason} of the sites that stay dense."""
+        return dict(self.left.values())
+
     def _named(self, site: Site) -> Site:
-        """The site; where one of another graph has its name, by its first weight's path."""
-        if all(draft.site.name != site.name for draft in self.drafts.values()):
-            return site
-        return replace(site, name=next(iter(site.params.values())).removesuffix(".weight"))
+        taken = {draft.site.name for draft in self.drafts.values()} | self.dense.keys()
+        return named(site, taken)
 
     def _groups(self, matches: Sequence[Match], new: Set[str]) -> dict[str, str]:
         """{site name: group} of new sites: projections of one graph with the same x, else each its own.
@@ -165,12 +176,9 @@ class Calibrating:
 
     def _excluded(self, site: Site) -> str:
         """Which pattern of Config.exclude a site's name fits, or ""."""
-        names = site.name, self._named(site).name
-        for pattern in self.config.exclude:
-            if any(fnmatchcase(name, pattern) for name in names):
-                self._unused.discard(pattern)
-                return f"Config.exclude has {pattern!r}"
-        return ""
+        fitting = excluding(self._named(site).name, self.config)
+        self._unused.difference_update(fitting)
+        return f"Config.exclude has {fitting[0]!r}" if fitting else ""
 
     def _unnamed(self, site: Site) -> str:
         """Why a site stays dense whose weights are no parameters of the model, or ""."""
@@ -212,14 +220,12 @@ class Calibrating:
             )
         draft.sample.add(rows, targets)
 
-    def _limit(self, new: Sequence[Site], plans: dict[str, Plan | str]) -> int:
+    def _limit(self, new: Mapping[tuple[str, ...], tuple[Site, Plan]]) -> int:
         """Tokens to keep per site so that all, of this graph and of earlier ones, stay within the memory."""
-        for site in new:
-            chosen = plans[site.name]
-            experts = chosen.experts if isinstance(chosen, Plan) else 1
-            self._widths[key_of(site)] = site.d_model, experts
-        widest = [max(sizes, default=1) for sizes in zip(*self._widths.values(), strict=True)]
-        kept = 1.5 * max(len(self._widths), 1) * 4 * max(sum(widest), 1)  # Sample keeps 1.5 limits
+        sites = [(draft.site, draft.plan) for draft in self.drafts.values()] + list(new.values())
+        per_row = 4 * max((site.d_model for site, _ in sites), default=1)
+        per_row += 4 * max((chosen.experts for _, chosen in sites), default=1)
+        kept = 1.5 * max(len(sites), 1) * per_row  # Sample keeps 1.5 limits
         return max(
             1, min(self.config.calibration_tokens, int(self.config.calibration_bytes / kept))
         )
@@ -257,11 +263,13 @@ class Calibrating:
         """Leave sites dense that no token reached; raise if none is left; warn about too few tokens."""
         for key, draft in list(self.drafts.items()):
             elsewhere = sorted(self.strangers & set(draft.site.tensors.values()))
+            reason = ""
             if elsewhere:
-                self.dense[draft.site.name] = f"{elsewhere[0]} is also read outside of the block"
+                reason = f"{elsewhere[0]} is also read outside of the block"
             elif not draft.sample.seen:
-                self.dense[draft.site.name] = "no calibration token reached it"
-            if draft.site.name in self.dense:
+                reason = "no calibration token reached it"
+            if reason:
+                self.left[key] = draft.site.name, reason
                 del self.drafts[key]
         if self._unused:
             names = [*(d.site.name for d in self.drafts.values()), *self.dense]

@@ -20,6 +20,7 @@ from .attachment import lookup
 from .capture import Captured
 from .errors import DenseFallbackWarning, NoConversionError, RuleError
 from .ir import Plan
+from .leaving import is_left
 from .options import Options
 from .passes import Match
 from .passes.forms import Choice, Form
@@ -202,7 +203,7 @@ class Dispatching:
             return self._compiled(*args, *kept)
         states = self._look_up(weights)
         if states is None:
-            return self._run_dense(args)
+            return self._run_dense(args, weights)
         operands = operands_of(self._slots, states)
         if not torch.is_grad_enabled() and not any(state.learning for state in states):
             self._last = Looked.of(self._slots, states, weights, operands)
@@ -268,8 +269,13 @@ class Dispatching:
         found = (lookup(weights[slot.places["down"]]) for slot in self._slots)
         return [state.site.name for state in found if state is not None]
 
-    def _run_dense(self, args: Sequence[Any]) -> Any:
-        """The captured graph as it was, for weights without a conversion; an error when strict."""
+    def _run_dense(self, args: Sequence[Any], weights: Sequence[Any]) -> Any:
+        """The captured graph as it was, for weights without a conversion; an error when strict.
+
+        Blocks that a conversion leaves out may have the shapes and strides of converted ones.
+        """
+        if all(is_left(weights[slot.places["down"]]) for slot in self._slots):
+            return self._dense(*args)
         message = (
             "A graph compiled for converted weights was called with weights that have no conversion: "
             "another instance of the model, a swapped parameter, or after detach(). Call "

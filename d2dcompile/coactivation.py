@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .config import Config
 from .errors import CalibrationError
 from .explaining import observed
 from .ir import Plan, Site
-from .plan import plan
+from .plan import excluding, plan
 from .probe import Graph, arguments, probing
 from .sample import Sample
 
@@ -65,6 +66,8 @@ class _Coactivating:
         self.batch = 0
         self.plans: dict[Key, Plan] = {}
         self.samples: dict[Key, Sample] = {}
+        self._widths: dict[Key, int] = {}
+        self._names: dict[Key, str] = {}
         self._running: Sequence[Site] = ()
 
     @property
@@ -75,15 +78,23 @@ class _Coactivating:
     def run(self, graph: Graph, args: Sequence[Any]) -> Any:
         """Run a graph with its blocks observed."""
         self._running = [found.site for found in graph.matches]
-        new = {key_of(site): site for site in self._running if key_of(site) not in self.plans}
-        count = max(len(self.plans) + len(new), 1)
-        for key, site in new.items():
+        for site in self._running:
+            key = key_of(site)
+            if key in self._names:
+                continue
+            name = named(site, set(self._names.values())).name
+            self._names[key] = name
+            if excluding(name, self.config):
+                continue
             found = plan(site, self.config)
             if isinstance(found, Plan):
-                fits = int(self.config.calibration_bytes / (1.5 * count * site.d_hidden * 4))
                 draw = torch.Generator().manual_seed(self.config.seed + len(self.plans))
                 self.plans[key] = found
-                self.samples[key] = Sample(max(1, min(TOKENS, fits)), draw)
+                self.samples[key] = Sample(TOKENS, draw)
+                self._widths[key] = site.d_hidden
+        for key, sample in self.samples.items():
+            fits = self.config.calibration_bytes / (1.5 * len(self.samples) * self._widths[key] * 4)
+            sample.restrict(max(1, int(fits)))
         return observed(graph).forward(*args)
 
     def seen(self, index: int, x: Tensor, hidden: Tensor) -> None:
@@ -121,6 +132,13 @@ def labels_or_weights(
         log.warning("site %s: no token of the first batches; split by its weights", site.name)
         return balanced_kmeans(features, experts, seed=seed).labels
     return found
+
+
+def named(site: Site, taken: Set[str]) -> Site:
+    """The site; where one of another graph has its name already, by its first weight's path."""
+    if site.name not in taken:
+        return site
+    return replace(site, name=next(iter(site.params.values())).removesuffix(".weight"))
 
 
 def key_of(site: Site) -> Key:

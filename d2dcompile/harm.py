@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attachment import set_numbers
 from .errors import BudgetError
 from .measuring import Measuring
 from .probe import arguments, probing
+from .setting import set_numbers
 
 Distance = Callable[[Any, Any], float]
 """(output, dense output) -> how far apart they are, >= 0."""

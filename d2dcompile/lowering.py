@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 
@@ -24,6 +24,8 @@ from .passes.names import dtype_of
 from .state import State
 
 log = logging.getLogger(__name__)
+BLOCK = {"dynamic_mlp": {"router_hidden", "gate", "dispatch", "expert_mlp"}}  # op and what it does
+ROUTED = {"route": {"router_hidden", "gate", "dispatch"}}
 REPORTED = (1, 64, 4096)  # tokens of a call that a report names the schedules of
 
 
@@ -49,10 +51,10 @@ def lower(
             continue
         reason = _chosen_otherwise(state)
         if _on_gpu(state):
-            if reason is None:
+            if reason is None and _requested(ROUTED) is None:
                 forms[found.site.name] = "routed"
             continue
-        reason = reason or _requested() or _unsuited(found, state) or _no_kernel(state)
+        reason = reason or _requested(BLOCK) or _unsuited(found, state) or _no_kernel(state)
         if reason is None:
             chosen[found.site.name] = state
         else:
@@ -82,7 +84,7 @@ def running(state: State) -> str:
     """How an attached site runs here and why, for a report: kernel or ops, dense or not, copies."""
     if _on_gpu(state):
         return _on_gpu_text(state)
-    reason = _chosen_otherwise(state) or _requested() or _no_kernel(state)
+    reason = _chosen_otherwise(state) or _requested(BLOCK) or _no_kernel(state)
     if reason is not None:
         return f"separate ops, since {reason}"
     text = [f"one kernel, {_spec(state)}"]
@@ -104,7 +106,7 @@ def _on_gpu_text(state: State) -> str:
     spec = of_native(_spec(state), weight.dtype)
     chosen = {n: choose(spec, Load(n, share), weight.device, dense=True) for n in REPORTED}
     listed = "; ".join(f"{n} tokens: {spelt(schedule)}" for n, schedule in chosen.items())
-    apart = _chosen_otherwise(state)
+    apart = _chosen_otherwise(state) or _requested(ROUTED)
     routing = f"routing as separate ops, since {apart}; " if apart else ""
     return f"{routing}Triton kernels, an executed share of {share:.2f} being expected; {listed}"
 
@@ -121,9 +123,14 @@ def _chosen_otherwise(state: State) -> str | None:
     return None if state.rule == "max" else f"kernels know the rule 'max', not {state.rule!r}"
 
 
-def _requested() -> str | None:
-    """Which other implementations D2D_IMPL asks for than the kernels of CPUs, or None if none."""
-    others = [f"{op}:{name}" for op, name in sorted(requested().items()) if name != "cpu"]
+def _requested(whole: Mapping[str, Set[str]]) -> str | None:
+    """Which implementations D2D_IMPL asks for that a kernel of several ops would pass over, or None."""
+    (name, parts), *_ = whole.items()
+    others = [
+        f"{op}:{wanted}"
+        for op, wanted in sorted(requested().items())
+        if op in parts or (op == name and wanted == "reference")
+    ]
     return f"D2D_IMPL asks for {', '.join(others)}" if others else None
 
 

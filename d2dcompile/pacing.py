@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attachment import set_numbers, states
+from .attachment import states
 from .capture import unwrap
 from .probe import arguments
+from .setting import set_numbers
 from .timing import alternate, estimate
 
 REPEATS = 9  # turns of either

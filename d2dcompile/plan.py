@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 
 from .config import Config
 from .errors import PlanError
@@ -36,6 +37,11 @@ def plan(site: Site, config: Config) -> Plan | str:
             )
         return _planned(config.experts, hidden, config)
     return sized(hidden, config)
+
+
+def excluding(name: str, config: Config) -> list[str]:
+    """The patterns of `Config.exclude` that a site's name fits."""
+    return [pattern for pattern in config.exclude if fnmatchcase(name, pattern)]
 
 
 def sized(hidden: int, config: Config) -> Plan | str:

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from .allocating import Path, Setting, Shares, allocate, straight
-from .attachment import attached, set_numbers, states
+from .attachment import attached, states
 from .capture import unwrap
 from .errors import BudgetError, CalibrationError, CalibrationWarning
 from .harm import Distance, survey
 from .measuring import Measuring, Stats, measure
 from .pacing import Pace
 from .probe import arguments, probing
+from .setting import set_numbers
 from .state import State
 
 TOLERANCE = 0.003  # of the budget's unit, a share of 1; below the noise of any real stream

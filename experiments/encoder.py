@@ -240,7 +240,7 @@ class Trainer:
         recipe = replace(
             self._recipe(self.sizes.adapt, f"{base.key} relu imitating"), rate=ADAPTING
         )
-        example = lab.on(self.session.device, self.task.test)[0]
+        example = lab.on(self.session.device, self.task.calibration)[0]
 
         def make() -> nn.Module:
             return with_dropout(relu_copy(base.model, example), 0.0)

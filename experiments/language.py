@@ -232,7 +232,7 @@ class Trainer:
 
         def start() -> nn.Module:
             if relu:
-                return relu_copy(self.base, lab.on(self.session.device, self.task.test)[0])
+                return relu_copy(self.base, lab.on(self.session.device, self.task.calibration)[0])
             return copy.deepcopy(self.base)
 
         model = lab.trained(

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import KernelError
 
-_OPS: set[str] = set()  # names of all ops, so that a misspelt one in D2D_IMPL is an error
+_OPS: dict[str, "Op"] = {}  # all ops by name, so that a misspelt one in D2D_IMPL is an error
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Op:
         self.custom = torch.library.custom_op(qualified, self._run, mutates_args=(), schema=schema)
         self.packet: Any = getattr(torch.ops.d2d, f"{self.name}_v{version}")
         self.overload: Any = self.packet.default
-        _OPS.add(self.name)
+        _OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
@@ -103,10 +103,6 @@ class Op:
         wanted = requested().get(self.name)
         if wanted == "reference":
             return self.meaning(*args)
-        if wanted is not None and wanted not in self.names():
-            raise KernelError(
-                f"D2D_IMPL asks for {self.name}:{wanted}; known: {', '.join(self.names())}."
-            )
         for known in self._implementations:
             asked = wanted == known.name or (wanted is None and not known.on_request)
             if asked and known.platform() and known.accepts(*args):
@@ -122,13 +118,17 @@ def op(version: int) -> Callable[[Callable[..., Any]], Op]:
 
 
 def requested() -> dict[str, str]:
-    """{op: implementation} that D2D_IMPL asks for; KernelError for unknown ops and what is no such list."""
+    """{op: implementation} that D2D_IMPL asks for; KernelError for unknown ones and what is no such list."""
     wanted = _parse_wanted(os.environ.get("D2D_IMPL", ""))
-    if not wanted.keys() <= _OPS:
-        unknown = ", ".join(sorted(wanted.keys() - _OPS))
+    if not wanted.keys() <= _OPS.keys():
+        unknown = ", ".join(sorted(wanted.keys() - _OPS.keys()))
         raise KernelError(
             f"D2D_IMPL names unknown ops: {unknown}; known: {', '.join(sorted(_OPS))}."
         )
+    for name, implementation in wanted.items():
+        if implementation not in _OPS[name].names():
+            known = ", ".join(_OPS[name].names())
+            raise KernelError(f"D2D_IMPL asks for {name}:{implementation}; known: {known}.")
     return wanted
 
 

@@ -248,6 +248,40 @@ def test_excluded_blocks_stay_dense() -> None:
     }
 
 
+class Uneven(nn.Module):
+    """A graph each: a block that divides and one that does not, of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict(
+            {
+                "a1": nn.Linear(16, 64),
+                "a2": nn.Linear(64, 16),
+                "b1": nn.Linear(16, 60),
+                "b2": nn.Linear(60, 16),
+            }
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block["a2"](self.block["a1"](x).relu())
+        torch._dynamo.graph_break()
+        return self.block["b2"](self.block["b1"](x).relu())
+
+
+@pytest.mark.parametrize("clustering", ["kmeans", "coactivation"])
+def test_an_excluded_block_hinders_no_other(clustering: str) -> None:
+    """One of a hidden size that does not divide; patterns that overlap; a name that both blocks had."""
+    both = convert(Uneven())
+    assert list(both.experts) == ["block", "block.b1"]
+    config = {"experts": 8, "expert_size": 32, "clustering": clustering}
+    with pytest.raises(PlanError):
+        convert(Uneven(), **config)
+    left = convert(Uneven(), exclude=("block.b*", "block.b1"), **config)
+    assert list(left.experts) == ["block"] and list(left.dense) == ["block.b1"]
+    swapped = convert(Uneven(), exclude=("block",))
+    assert list(swapped.experts) == ["block.b1"] and list(swapped.dense) == ["block"]
+
+
 def test_a_pattern_that_excludes_nothing_is_refused_before_the_model_is_touched() -> None:
     model = testing.Stack()
     before = copy.deepcopy(model).state_dict()

@@ -6,11 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 import d2dcompile as d2d
 from d2dcompile.attachment import states
-from d2dcompile.errors import DenseFallbackWarning, NoConversionError
+from d2dcompile.errors import (
+    CalibrationError,
+    DenseFallbackWarning,
+    NoConversionError,
+    RuleError,
+)
 
 QUICK = d2d.Config(expert_size=8, router_width=8, router_epochs=1)
 OPTIONS = {"inner": "eager"}
@@ -65,9 +71,9 @@ def test_names_of_sites_do_not_show_where_dynamo_found_a_model() -> None:
 class Broken(nn.Module):
     """Two blocks with a graph break between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, second: int = 72) -> None:
         super().__init__()
-        self.one, self.two = mlp(), mlp(72)
+        self.one, self.two = mlp(), mlp(second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.one(x)
@@ -96,7 +102,7 @@ def test_weights_that_are_no_parameters_run_dense_with_a_warning() -> None:
     model, x = converted(mlp()), torch.randn(8, 16)
     call = compiled(lambda weights, x: torch.func.functional_call(model, weights, (x,)))
     plain = {name: p.detach() for name, p in model.named_parameters()}
-    with pytest.warns(DenseFallbackWarning, match="not a Parameter"):
+    with pytest.warns(DenseFallbackWarning, match="not Parameters"):
         torch.testing.assert_close(call(plain, x), model(x))
     torch.compiler.reset()
     with warnings.catch_warnings():
@@ -115,3 +121,132 @@ def test_a_copy_that_ran_dense_runs_experts_once_its_conversion_is_attached() ->
         conversion.attach(twin)
         d2d.set_tau(twin, 0.9)
         assert not torch.allclose(fast(x), dense)
+
+
+class Transposed(nn.Module):
+    """A block whose matrices are both stored neuron by neuron, so that converting changes no stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(64, 16) / 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.up).relu() @ self.down
+
+
+class Layers(nn.Module):
+    """Blocks that are compiled one by one: torch.compile makes one graph for all of them."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Transposed() for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@torch.no_grad()
+def test_a_graph_of_a_dense_block_refuses_a_converted_one_and_serves_the_other_way_round() -> None:
+    x = torch.randn(8, 16)
+    for left in ("blocks.0", "blocks.2"):
+        model = Layers().eval()
+        wanted = model(x)
+        converted(model, replace(QUICK, exclude=(left,)))
+        for block in model.blocks:
+            block.compile(backend="d2dmoe", options=OPTIONS)
+        if left == "blocks.0":
+            with pytest.raises(RuleError, match=r"converted site 'blocks\.1'"):
+                model(x)
+        else:
+            torch.testing.assert_close(model(x), wanted)
+        torch.compiler.reset()
+
+
+def test_excluded_blocks_stay_dense_where_the_conversion_is_an_option() -> None:
+    x = torch.randn(8, 16)
+    for attached in (True, False):
+        model = Broken(64).eval()
+        dense = copy.deepcopy(model)
+        conversion = d2d.convert(
+            model, [torch.randn(640, 16)], replace(QUICK, exclude=("two",)), progress=False
+        )
+        found = compiled(model if attached else dense, conversion=conversion)(x)
+        torch.testing.assert_close(found, dense(x))
+        torch.compiler.reset()
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = mlp(), mlp(72)
+
+    def forward(self, x: torch.Tensor, second: bool = False) -> torch.Tensor:
+        return self.two(x) if second else self.one(x)
+
+
+def test_a_block_that_calibration_never_saw_is_no_excluded_one() -> None:
+    model = converted(Branches().eval())
+    with pytest.raises(NoConversionError):
+        compiled(model)(torch.randn(8, 16), second=True)
+
+
+def test_what_is_excluded_stays_so_where_converting_again_fails_and_not_after_detaching() -> None:
+    x = torch.randn(8, 16)
+    model = converted(Broken().eval(), replace(QUICK, exclude=("two",)))
+    with pytest.raises(CalibrationError):
+        d2d.convert(model, [], QUICK, progress=False)
+    compiled(model)(x)
+    d2d.detach(model.one)
+    torch.compiler.reset()
+    with pytest.raises(NoConversionError):
+        compiled(model.two)(x)
+
+
+def test_a_weight_of_another_model_is_told_of_though_a_site_of_that_name_runs() -> None:
+    first, second = converted(mlp()), converted(mlp())
+    call = compiled(lambda x: (first(x), nn.functional.linear(x, second[0].weight)))
+    with pytest.warns(DenseFallbackWarning, match="reads one of its weights alone"):
+        call(torch.randn(8, 16))
+
+
+def test_numbers_reach_all_sites_of_a_name() -> None:
+    """Of parts that were converted apart: the last one alone used to be set, without a word."""
+    both = nn.ModuleList([converted(mlp()), converted(mlp())])
+    d2d.set_tau(both, 0.4)
+    assert [state.tau for state in states(both)] == [0.4, 0.4]
+    d2d.set_rule(both, "top_k", 2)
+    assert [(state.rule, state.tau) for state in states(both)] == [("top_k", 2.0)] * 2
+
+
+def test_matrices_of_dynamic_sizes_are_left_so() -> None:
+    """Comparing their sizes with those of converted sites would fix them."""
+    converted(mlp())
+    x, weight = torch.randn(8, 64), torch.randn(16, 64)
+    for matrix in (x, weight):
+        torch._dynamo.mark_dynamic(matrix, 1)
+    call = compiled(lambda x, w: nn.functional.linear(x, w))
+    assert call(x, weight).shape == (8, 16)
+
+
+def test_converting_anew_after_detaching_compiles_anew_where_sizes_changed() -> None:
+    model, x = mlp(), torch.randn(8, 16)
+    wanted = model(x)
+    fast = compiled(converted(model))
+    fast(x)
+    d2d.detach(model)
+    converted(model, replace(QUICK, expert_size=16))
+    torch.testing.assert_close(fast(x), wanted)
+
+
+def test_attaching_to_copies_leaves_graphs_of_other_models_alone() -> None:
+    model, x = mlp(), torch.randn(8, 16)
+    conversion = d2d.convert(model, [torch.randn(640, 16)], QUICK, progress=False)
+    count = torch._dynamo.testing.CompileCounter()
+    other = torch.compile(nn.Linear(16, 16), backend=count)
+    other(x)
+    for _ in range(2):
+        conversion.attach(copy.deepcopy(model))
+    other(x)
+    assert count.frame_count == 1

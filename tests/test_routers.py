@@ -205,13 +205,13 @@ def test_coactivation_finds_the_groups_and_reads_a_generator_once():
 
 def test_coactivation_is_repeatable_and_within_its_memory(monkeypatch):
     limits = []
-    made = Sample.__init__
+    rows = Sample.rows
 
-    def noted(self, limit, *rest, **named):
-        limits.append(limit)
-        made(self, limit, *rest, **named)
+    def noted(self):
+        limits.append(self.limit)
+        return rows(self)
 
-    monkeypatch.setattr(Sample, "__init__", noted)
+    monkeypatch.setattr(Sample, "rows", noted)
     a = convert(Topics(), clustering="coactivation", calibration_bytes=1 << 16)
     b = convert(
         Topics(), list(Topics().batches()), clustering="coactivation", calibration_bytes=1 << 16
