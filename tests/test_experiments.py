@@ -206,6 +206,13 @@ def test_zeros_cost_rivals_nothing() -> None:
         assert tally.cost < most
 
 
+def test_teal_finds_the_largest_of_more_values_than_fp32_counts() -> None:
+    """24 batches of 2^20 values: the place of the last one, rounded as fp32, was one past the end."""
+    recorder = _Quantiles()
+    recorder.found["block", "x"] = [torch.zeros(24 * 2**20 - 1), torch.ones(1)]
+    assert recorder.table()["block", "x"][-1] == 1
+
+
 def test_teal_sees_every_neuron_and_every_batch() -> None:
     block = lab.Block(lab.blocks_of(*gated())[0].site, {}, nn.Linear(1, 1))
     h = torch.zeros(4096, 1280)

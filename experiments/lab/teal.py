@@ -63,7 +63,8 @@ class _Quantiles(Rule):
         tables = {}
         for key, parts in self.found.items():
             ordered = torch.cat(parts).sort().values
-            at = (torch.linspace(0, 1, LEVELS + 1) * (len(ordered) - 1)).round().long()
+            levels = torch.linspace(0, 1, LEVELS + 1, dtype=torch.float64)
+            at = (levels * (len(ordered) - 1)).round().long()
             tables[key] = ordered[at.to(ordered.device)].cpu()
             tables[key][0] = -1.0
         return tables
