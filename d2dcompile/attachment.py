@@ -9,6 +9,7 @@ is stored neuron-major ([H, D], so that each expert is one contiguous slab) behi
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -47,10 +48,10 @@ def owner(parameter: Any) -> State | None:
     )
 
 
-def attached_shapes() -> list[set[tuple[int, ...]]]:
-    """The shapes of each attached site's matrices."""
+def attached_shapes() -> list[Counter[tuple[int, ...]]]:
+    """How many matrices of which shapes each attached site has."""
     held = [state.weights().values() for state in list(_STATES.values())]
-    return [{tuple(w.shape) for w in weights if w is not None and w.dim() > 1} for weights in held]
+    return [Counter(tuple(w.shape) for w in some if w is not None and w.dim() > 1) for some in held]
 
 
 def states(model: nn.Module) -> list[State]:
@@ -99,10 +100,9 @@ def recompiled(model: nn.Module) -> Iterator[None]:
     yield
     for state in states(model):
         down = state.weight("down")
-        former = before.get(id(down)) or former_plan(down)
-        if former is None:
-            unnoticed = layouts.get(id(down)) == layout(down) and layout(down) in dense_layouts()
-        if unnoticed if former is None else former != state.experts.plan:
+        changed = before.get(id(down), former_plan(down)) not in (None, state.experts.plan)
+        kept = layouts.get(id(down)) == layout(down)
+        if changed or (id(down) not in before and kept and layout(down) in dense_layouts()):
             torch.compiler.reset()
             return
 

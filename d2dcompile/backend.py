@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from .attachment import attached_shapes, lookup, owner
@@ -27,12 +28,14 @@ from .capture import Captured, from_dynamo
 from .dumping import dump
 from .errors import D2DError, DenseFallbackWarning, NoConversionError
 from .ir import Conversion, Miss
-from .leaving import DenseGraph, is_left
+from .leaving import DenseGraph, Watch, is_left
 from .lowering import lower
 from .options import Options
 from .passes import Match
+from .passes.names import TRANSPOSES, argument, op_name
 from .reading import load
-from .rewriting import match, parameter_places, rewrite_captured, shared, state_of, states_of
+from .recognising import knows, state_of, states_of
+from .rewriting import match, parameter_places, rewrite_captured, shared
 from .state import State
 
 log = logging.getLogger(__name__)
@@ -62,8 +65,12 @@ def backend(
         converted = [m for m in matches if m.site.name in states]
         _warn_of_unmatched(captured, states.values(), misses)
         _warn_of_other_tensors(captured)
+        dense = [m for m in matches if m.site.convertible and m.site.name not in states]
+        watch = _watch(captured, dense, chosen)
         if not converted:
-            return _dense(captured, matches, _inner(gm, example_inputs, chosen, mode), chosen)
+            compiled = _inner(gm, example_inputs, chosen, mode)
+            attributes = [captured.tensors[node] for node in captured.attributes()]
+            return compiled if watch is None else DenseGraph(compiled, attributes, watch)
         forms = lower(converted, states, chosen.pack, chosen.int8, chosen.inner == "inductor")
         choices = {name: state.choice for name, state in states.items()}
         shares = shared(converted, [states[m.site.name] for m in converted], forms)
@@ -80,7 +87,7 @@ def backend(
         inputs = [*example_inputs, *map(_of_fixed_shape, extra)]
         compiled = _inner(rewritten.gm, inputs, chosen, mode)
         log.info("%d of %d sites run as experts", len(converted), len(matches))
-        return Dispatching(captured, slots, compiled, chosen)
+        return Dispatching(captured, slots, compiled, chosen, watch)
     except D2DError as error:
         raise _plain(error) from error.__cause__
 
@@ -110,17 +117,19 @@ def _warn_of_unmatched(
 
 
 def _warn_of_other_tensors(captured: Captured) -> None:
-    """Warn of matrices that are no parameters and together have the shapes of a converted site's."""
-    shapes: dict[tuple[int, ...], str] = {}
+    """Warn of matrices that are multiplied by, no parameters and of the shapes of a converted site's."""
+    names: dict[tuple[int, ...], list[str]] = {}
     for node in captured.placeholders():
         value = node.meta.get("example_value")
-        if isinstance(value, Tensor) and not isinstance(value, Parameter) and value.dim() > 1:
-            sizes = tuple(value.shape)
-            if all(type(size) is int for size in sizes):  # comparing a symbol would fix it
-                shapes.setdefault(sizes, captured.name(node))
-    for site in attached_shapes() if shapes else ():
-        if site and site <= shapes.keys():
-            listed = " and ".join(f"{shapes[size]} {list(size)}" for size in sorted(site))
+        if not isinstance(value, Tensor) or isinstance(value, Parameter) or not _multiplied(node):
+            continue
+        sizes = tuple(value.shape)
+        if all(type(size) is int for size in sizes):  # comparing a symbol would fix it
+            names.setdefault(sizes, []).append(captured.name(node))
+    have = Counter({sizes: len(found) for sizes, found in names.items()})
+    for site in attached_shapes() if names else ():
+        if site and site <= have:
+            listed = " and ".join(f"{names[sizes][0]} {list(sizes)}" for sizes in sorted(site))
             warnings.warn(
                 f"This graph has matrices of a converted site's shapes that are not Parameters: {listed}. "
                 "Sites are found by their own parameters: a block made of these runs dense. "
@@ -132,17 +141,23 @@ def _warn_of_other_tensors(captured: Captured) -> None:
             return
 
 
-def _dense(
-    captured: Captured, matches: Sequence[Match], compiled: Callable[..., Any], options: Options
-) -> Callable[..., Any]:
-    """A graph without experts, which notices a call with the weights of a converted block."""
-    sites = [found for found in matches if found.site.convertible]
-    if not sites:
-        return compiled
-    places = [parameter_places(captured, found)["down"] for found in sites]
-    weights = [found.tensors()["down"] for found in sites]
-    attributes = [captured.tensors[node] for node in captured.attributes()]
-    return DenseGraph(compiled, places, weights, attributes, lookup, options.strict)
+def _multiplied(node: Node) -> bool:
+    """Whether a product of the graph has this node, or it transposed, as its second matrix."""
+    for user in node.users:
+        name = op_name(user)
+        if name in TRANSPOSES and _multiplied(user):
+            return True
+        place = {"linear": 1, "matmul": 1, "mm": 1, "addmm": 2}.get(name)
+        if place is not None and argument(user, place, "weight") is node:
+            return True
+    return False
+
+
+def _watch(captured: Captured, dense: Sequence[Match], options: Options) -> Watch | None:
+    """What notices that the graph is called with the weights of converted blocks where these are."""
+    places = [parameter_places(captured, found)["down"] for found in dense]
+    weights = [found.tensors()["down"] for found in dense]
+    return Watch(places, weights, lookup, options.strict) if dense else None
 
 
 def _plain(error: D2DError) -> D2DError:
@@ -158,16 +173,9 @@ def _plain(error: D2DError) -> D2DError:
 def _states(captured: Captured, matches: Sequence[Match], options: Options) -> dict[str, State]:
     """{site name: attached state} of the matches that have one, attaching `conversion` if given."""
     conversion = _load(options.conversion)
+    sites = [m for m in matches if m.site.convertible and not _stays_dense(m, conversion)]
     states: dict[str, State] = {}
     fresh = False
-    dense = () if conversion is None else conversion.dense
-    sites = [
-        found
-        for found in matches
-        if found.site.convertible
-        and found.site.name not in dense
-        and not is_left(found.tensors()["down"])
-    ]
     before = [state_of(found, None) for found in sites]
     for found, held, state in zip(sites, before, states_of(sites, conversion), strict=True):
         fresh |= state is not held
@@ -190,6 +198,19 @@ def _states(captured: Captured, matches: Sequence[Match], options: Options) -> d
             )
         warnings.warn(message + " Running dense.", DenseFallbackWarning, stacklevel=2)
     return states
+
+
+def _stays_dense(found: Match, conversion: Conversion | None) -> bool:
+    """Whether a block has no attached site and is one that the conversion leaves dense."""
+    tensors = found.tensors()
+    if lookup(tensors["down"]) is not None:
+        return False
+    if is_left(tensors.values()):
+        return True
+    if conversion is None or found.site.name not in conversion.dense:
+        return False
+    # Names are relative to the compiled module: a converted block may have that of another one.
+    return not knows(conversion, tensors)
 
 
 def _load(conversion: Conversion | str | PathLike[str] | None) -> Conversion | None:

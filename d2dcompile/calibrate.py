@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cluster import balanced_kmeans, permutation, random_split
-from .coactivation import coactive_labels, key_of, labels_or_weights, named
+from .coactivation import coactive_labels, labels_or_weights
 from .config import Config
 from .errors import CalibrationError, CalibrationWarning, ConfigError
 from .explaining import observed
@@ -26,7 +26,7 @@ from .ir import Plan, Site
 from .layout import overlaps, slabs
 from .passes import Match
 from .passes.share_routing import same_inputs
-from .plan import excluding, plan
+from .plan import excluding, key_of, plan, with_own_name
 from .probe import Graph, arguments, probing
 from .router import gram
 from .routers import targets_of
@@ -42,7 +42,7 @@ class Draft:
     """A site on its way to experts: its plan, neuron order, Gram matrices [E, F, F] and sample.
 
     centroids: [E, D], the mean up- or gate-row of each expert where the router is made of them.
-    group: equal for sites whose routers get one first layer; its own name for a site without others.
+    group: equal for sites whose routers get one first layer; its own key for a site without others.
     """
 
     site: Site
@@ -51,7 +51,7 @@ class Draft:
     gram: Tensor
     sample: Sample
     centroids: Tensor | None
-    group: str
+    group: tuple[str, ...]
 
 
 def calibrate(
@@ -117,11 +117,11 @@ class Calibrating:
         self._budget = self._limit(new)
         for draft in self.drafts.values():
             draft.sample.restrict(self._budget)
-        groups = self._groups(graph.matches, {site.name for site, _ in new.values()})
+        groups = self._groups(graph.matches, new.keys())
         bar = tqdm(new.items(), "cluster", disable=not self.progress or not new, unit="site")
         for key, (site, chosen) in bar:
             with torch.autocast(self._device(site), enabled=False):
-                self.drafts[key] = self._draft(self._named(site), chosen, groups[site.name])
+                self.drafts[key] = self._draft(self._named(site), chosen, groups[key])
         self._running = [self.drafts.get(key_of(site)) for site in sites]
         return observed(graph).forward(*args)
 
@@ -146,19 +146,22 @@ class Calibrating:
 
     def _named(self, site: Site) -> Site:
         taken = {draft.site.name for draft in self.drafts.values()} | self.dense.keys()
-        return named(site, taken)
+        return with_own_name(site, taken)
 
-    def _groups(self, matches: Sequence[Match], new: Set[str]) -> dict[str, str]:
-        """{site name: group} of new sites: projections of one graph with the same x, else each its own.
+    def _groups(
+        self, matches: Sequence[Match], new: Set[tuple[str, ...]]
+    ) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """The group of each new site: one of projections of a graph with the same x, else each its own.
 
         A feed-forward block that reads it too keeps a router of its own, which costs it little: 2 % of its
         arithmetic, against 18 % of a projection's.
         """
         share = self.config.share_routers and self.config.router != "centroid"
-        fresh = [m for m in matches if m.site.name in new and m.site.role is not None and share]
+        wanted = (m for m in matches if key_of(m.site) in new and m.site.role is not None and share)
+        fresh = list(wanted)
         firsts = zip(fresh, same_inputs(fresh), strict=True)
-        own = {name: name for name in new}
-        return own | {m.site.name: fresh[first].site.name for m, first in firsts}
+        own = {key: key for key in new}
+        return own | {key_of(m.site): key_of(fresh[first].site) for m, first in firsts}
 
     def _note_strangers(self, graph: Graph) -> None:
         """Remember weights that a graph reads outside of matched blocks: another graph may match them."""
@@ -230,7 +233,7 @@ class Calibrating:
             1, min(self.config.calibration_tokens, int(self.config.calibration_bytes / kept))
         )
 
-    def _draft(self, site: Site, chosen: Plan, group: str) -> Draft:
+    def _draft(self, site: Site, chosen: Plan, group: tuple[str, ...]) -> Draft:
         weights = {role: self.parameters[name].detach() for role, name in site.tensors.items()}
         views = slabs(site, weights)
         features = views["w_gate"] if site.kind == "glu" else views["w_up"]

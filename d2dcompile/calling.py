@@ -20,7 +20,7 @@ from .attachment import lookup
 from .capture import Captured
 from .errors import DenseFallbackWarning, NoConversionError, RuleError
 from .ir import Plan
-from .leaving import is_left
+from .leaving import Watch, is_left
 from .options import Options
 from .passes import Match
 from .passes.forms import Choice, Form
@@ -186,7 +186,10 @@ class Dispatching:
         slots: Sequence[Slot],
         compiled: Callable[..., Any],
         options: Options,
+        watch: Watch | None = None,
     ) -> None:
+        """watch: of the blocks that the graph runs dense."""
+        self._watch = watch
         self._dense = captured.gm.forward
         self._attributes = tuple(captured.tensors[node] for node in captured.attributes())
         self._slots = slots
@@ -197,6 +200,8 @@ class Dispatching:
 
     def __call__(self, *args: Any) -> Any:
         weights = args + self._attributes
+        if self._watch is not None:
+            self._watch.check(weights)
         last = self._last  # once: another thread may replace it
         kept = last.operands_for(weights) if last is not None else None
         if kept is not None:
@@ -274,7 +279,9 @@ class Dispatching:
 
         Blocks that a conversion leaves out may have the shapes and strides of converted ones.
         """
-        if all(is_left(weights[slot.places["down"]]) for slot in self._slots):
+        blocks = [[weights[place] for place in slot.places.values()] for slot in self._slots]
+        free = all(lookup(weights[slot.places["down"]]) is None for slot in self._slots)
+        if free and all(map(is_left, blocks)):
             return self._dense(*args)
         message = (
             "A graph compiled for converted weights was called with weights that have no conversion: "

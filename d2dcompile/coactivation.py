@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from .config import Config
 from .errors import CalibrationError
 from .explaining import observed
 from .ir import Plan, Site
-from .plan import excluding, plan
+from .plan import excluding, key_of, plan, with_own_name
 from .probe import Graph, arguments, probing
 from .sample import Sample
 
@@ -82,7 +81,7 @@ class _Coactivating:
             key = key_of(site)
             if key in self._names:
                 continue
-            name = named(site, set(self._names.values())).name
+            name = with_own_name(site, set(self._names.values())).name
             self._names[key] = name
             if excluding(name, self.config):
                 continue
@@ -132,15 +131,3 @@ def labels_or_weights(
         log.warning("site %s: no token of the first batches; split by its weights", site.name)
         return balanced_kmeans(features, experts, seed=seed).labels
     return found
-
-
-def named(site: Site, taken: Set[str]) -> Site:
-    """The site; where one of another graph has its name already, by its first weight's path."""
-    if site.name not in taken:
-        return site
-    return replace(site, name=next(iter(site.params.values())).removesuffix(".weight"))
-
-
-def key_of(site: Site) -> Key:
-    """What identifies a site whatever graph it is met in: the names of its weights."""
-    return tuple(site.params.values())

@@ -56,7 +56,7 @@ def convert(
 
 def _routers(drafts: Sequence[Draft], config: Config, progress: bool) -> list[Router]:
     """Fit each site's router, of sites that share their first layer together."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, ...], list[int]] = {}
     for index, draft in enumerate(drafts):
         groups.setdefault(draft.group, []).append(index)
     found: dict[int, Router] = {}

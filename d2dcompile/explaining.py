@@ -18,6 +18,7 @@ from .passes import Match
 from .passes.canonicalize import View
 from .passes.names import op_name
 from .passes.reach import TRANSPARENT
+from .plan import with_own_name
 from .probe import Graph, countable, flop_counter, insert_observer, probing
 
 UNSEEN = "in no captured graph: this call does not run it, or Dynamo skips the code that does"
@@ -151,7 +152,11 @@ class Explaining:
         self.recompiles += graph.recompiled
         before = self.breaks[-1] if self.breaks else ""
         for found in graph.found:
-            self.sites.setdefault(tuple(found.site.params.values()), found.site)
+            key = tuple(found.site.params.values())
+            if key not in self.sites:
+                self.sites[key] = with_own_name(
+                    found.site, {site.name for site in self.sites.values()}
+                )
         self.linears = list(_linears(graph.captured, graph.found))
         self.weights |= {linear.weight for linear in self.linears}
         self.weights |= {miss.weight for miss in graph.misses}

@@ -22,7 +22,7 @@ from .ir import Conversion, Experts
 from .judging import judge
 from .layout import hashes_of, permuted, slabs
 from .probe import Graph, arguments, forget_compiled, probing
-from .rewriting import state_of
+from .recognising import state_of
 from .router import Router, goal_of, gram
 from .routers import make_routers, targets_of
 from .sample import Sample

@@ -24,8 +24,8 @@ from .passes.names import dtype_of
 from .state import State
 
 log = logging.getLogger(__name__)
-BLOCK = {"dynamic_mlp": {"router_hidden", "gate", "dispatch", "expert_mlp"}}  # op and what it does
-ROUTED = {"route": {"router_hidden", "gate", "dispatch"}}
+BLOCK = {"dynamic_mlp": {"gate", "dispatch", "expert_mlp"}}  # op and what it does
+ROUTED = {"route": {"gate", "dispatch"}}
 REPORTED = (1, 64, 4096)  # tokens of a call that a report names the schedules of
 
 

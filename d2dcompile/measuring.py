@@ -17,7 +17,8 @@ from .errors import CalibrationError, NoConversionError
 from .passes.forms import Choice
 from .passes.share_routing import Shares
 from .probe import Graph, arguments, countable, flop_counter, insert_observer, probing
-from .rewriting import Rewritten, rewrite_captured, shared, state_of
+from .recognising import state_of
+from .rewriting import Rewritten, rewrite_captured, shared
 from .state import State
 
 

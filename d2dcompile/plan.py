@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from .config import Config
@@ -67,3 +69,15 @@ def _planned(experts: int, hidden: int, config: Config) -> Plan:
 def _divisors(n: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
+
+
+def with_own_name(site: Site, taken: Set[str]) -> Site:
+    """The site; where one of another graph has its name already, by its first weight's path."""
+    if site.name not in taken:
+        return site
+    return replace(site, name=next(iter(site.params.values())).removesuffix(".weight"))
+
+
+def key_of(site: Site) -> tuple[str, ...]:
+    """What identifies a site whatever graph it is met in: the names of its weights."""
+    return tuple(site.params.values())

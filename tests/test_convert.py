@@ -273,6 +273,8 @@ def test_an_excluded_block_hinders_no_other(clustering: str) -> None:
     """One of a hidden size that does not divide; patterns that overlap; a name that both blocks had."""
     both = convert(Uneven())
     assert list(both.experts) == ["block", "block.b1"]
+    first, second = both.experts.values()
+    assert first.router1 is not second.router1  # they read different x
     config = {"experts": 8, "expert_size": 32, "clustering": clustering}
     with pytest.raises(PlanError):
         convert(Uneven(), **config)

@@ -250,3 +250,97 @@ def test_attaching_to_copies_leaves_graphs_of_other_models_alone() -> None:
         conversion.attach(copy.deepcopy(model))
     other(x)
     assert count.frame_count == 1
+
+
+class Nested(nn.Module):
+    """A block by whose module's name another one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.inner = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc2(self.fc1(x).relu())
+        torch._dynamo.graph_break()
+        return self.inner(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", ["layer", "layer.inner"])
+def test_a_converted_block_below_an_excluded_name_runs_its_experts(left: str) -> None:
+    model, x = nn.ModuleDict({"layer": Nested()}), torch.randn(8, 16)
+    model.forward = lambda x: model["layer"](x)
+    wanted = model(x)
+    converted(model, replace(QUICK, exclude=(left,)))
+    fast = compiled(model)
+    torch.testing.assert_close(fast(x), wanted)
+    d2d.set_tau(model, 1.0)
+    assert not torch.allclose(fast(x), wanted)
+
+
+@torch.no_grad()
+def test_excluded_blocks_of_a_flat_sequence_and_of_one_module() -> None:
+    """Their names are the path of the first weight, which the second one's is not below of."""
+    x = torch.randn(8, 16)
+    flat = nn.Sequential(*mlp(), *mlp())
+    wanted = flat(x)
+    converted(flat, replace(QUICK, exclude=("3",)))
+    torch.testing.assert_close(compiled(flat)(x), wanted)
+    torch.compiler.reset()
+    compiled(flat[3:])(x)
+
+
+@torch.no_grad()
+def test_a_block_that_was_excluded_and_is_converted_apart_runs_its_experts() -> None:
+    model, x = nn.Sequential(mlp(), mlp()), torch.randn(8, 16)
+    converted(model, replace(QUICK, exclude=("1",)))
+    converted(model[1])
+    fast, wanted = compiled(model), model(x)
+    torch.testing.assert_close(fast(x), wanted)
+    for state in states(model[1]):
+        state.set_tau(1.0)
+    assert not torch.allclose(fast(x), wanted)
+
+
+@torch.no_grad()
+def test_a_block_that_a_running_graph_has_dense_is_not_converted_unnoticed() -> None:
+    model, x = Layers(2).eval(), torch.randn(8, 16)
+    fast, wanted = compiled(model), model(x)
+    converted(model, replace(QUICK, exclude=("blocks.1",)))
+    torch.testing.assert_close(fast(x), wanted)
+    converted(model)
+    d2d.set_tau(model, {"blocks.1": 1.0})
+    assert not torch.allclose(fast(x), wanted)
+
+
+@torch.no_grad()
+def test_what_is_excluded_stays_so_while_any_block_of_the_conversion_is_attached() -> None:
+    model, x = nn.Sequential(mlp(), mlp(), mlp()), torch.randn(8, 16)
+    converted(model, replace(QUICK, exclude=("2",)))
+    d2d.detach(model[0])
+    compiled(model[2])(x)
+    d2d.detach(model[1])
+    torch.compiler.reset()
+    with pytest.raises(NoConversionError):
+        compiled(model[2])(x)
+
+
+@torch.no_grad()
+def test_a_detached_block_that_ran_dense_runs_experts_once_attached_again() -> None:
+    model, x = Layers(1).eval(), torch.randn(8, 16)
+    conversion = d2d.convert(model, [torch.randn(640, 16)], QUICK, progress=False)
+    d2d.detach(model)
+    fast = compiled(model, strict=False)
+    with pytest.warns(DenseFallbackWarning):
+        dense = fast(x)
+    conversion.attach(model)
+    d2d.set_tau(model, 1.0)
+    assert not torch.allclose(fast(x), dense)
+
+
+def test_activations_of_a_weights_shape_are_no_matrices() -> None:
+    converted(Layers(1).eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DenseFallbackWarning)
+        compiled(nn.Linear(16, 16))(torch.randn(64, 16))
