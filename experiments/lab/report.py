@@ -50,7 +50,7 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for method, found in result["summary"].items():
         figures = found[metric]
-        cells = [method, _critical(figures)]
+        cells = [method, _critical(figures, len(result["seeds"]))]
         cells += [_quality(figures["budgets"][budget]) for budget in SHOWN]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"![{result['title']}](../results/{result['name']}.png)"]
@@ -70,14 +70,18 @@ def overview(results: Sequence[Mapping[str, Any]]) -> str:
         base = [quality[metric] for quality in result["dense"]]
         cells = [f"{result['title']} (`{result['command']}`)"]
         cells.append(f"{metric} {sum(base) / len(base):.4g}")
-        cells += [_critical(summary[method][metric]) for method in COMPARED]
+        seeds = len(result["seeds"])
+        cells += [_critical(summary[method][metric], seeds) for method in COMPARED]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _critical(figures: Mapping[str, Any]) -> str:
+def _critical(figures: Mapping[str, Any], seeds: int) -> str:
+    """The cost, and how many seeds it is of where that is fewer than the experiment's."""
     found = figures["critical_of_mean"]
-    return "never" if found is None else f"{100 * found:.0f} %"
+    runs = max((len(one["values"]) for one in figures["budgets"].values() if one), default=seeds)
+    text = "never" if found is None else f"{100 * found:.0f} %"
+    return text if runs == seeds else f"{text} (seeds: {runs})"
 
 
 def _quality(found: Mapping[str, Any] | None) -> str:
