@@ -32,13 +32,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One seed of an experiment: its task, checkpoints, configuration of experts, and `budgets`."""
+    """One seed of an experiment: its task, checkpoints, configuration of experts, and `budgets`.
+
+    free: whether TEAL and WINA are measured for this seed.
+    """
 
     session: lab.Session
     steps: lab.Steps
     task: lab.Task
     config: d2d.Config
     executed: Sequence[float] = BUDGETS
+    free: bool = True
 
     @property
     def taus(self) -> Sequence[float]:
@@ -74,7 +78,8 @@ class Comparison:
         found |= self._moefication("MoEfication", relu)
         if first:
             found |= self._moefication("MoEfication, sparse model", sparse)
-        found |= self._training_free("", dense)
+        if self.free:
+            found |= self._training_free("", dense)
         if first:
             found |= self._training_free(", sparse model", sparse)
         return found
