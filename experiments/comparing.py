@@ -34,7 +34,7 @@ class Variant:
 class Comparison:
     """One seed of an experiment: its task, checkpoints, configuration of experts, and `budgets`.
 
-    free: whether TEAL and WINA are measured for this seed.
+    masked: the models that TEAL and WINA are measured on for this seed.
     """
 
     session: lab.Session
@@ -42,7 +42,7 @@ class Comparison:
     task: lab.Task
     config: d2d.Config
     executed: Sequence[float] = BUDGETS
-    free: bool = True
+    masked: Sequence[str] = ("dense", "sparse")
 
     @property
     def taus(self) -> Sequence[float]:
@@ -78,9 +78,9 @@ class Comparison:
         found |= self._moefication("MoEfication", relu)
         if first:
             found |= self._moefication("MoEfication, sparse model", sparse)
-        if self.free:
+        if "dense" in self.masked:
             found |= self._training_free("", dense)
-        if first:
+        if first and "sparse" in self.masked:
             found |= self._training_free(", sparse model", sparse)
         return found
 
