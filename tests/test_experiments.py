@@ -312,17 +312,19 @@ def test_the_report_stands_between_its_markers_and_needs_them() -> None:
         report.replaced("no markers", "new")
 
 
-def test_the_report_says_where_a_method_has_fewer_seeds() -> None:
+def test_the_report_says_where_a_method_has_fewer_seeds_or_no_cheaper_point() -> None:
     run = [lab.Point(0.0, cost, cost, {"loss": 1.0}) for cost in (1.0, 0.5)]
-    curves = {"whole": [run, run], "once": [run]}
+    worse = [lab.Point(0.0, 1.0, 1.0, {"loss": 1.0}), lab.Point(0.0, 0.2, 0.2, {"loss": 1.05})]
+    curves = {"whole": [worse, worse], "once": [run]}
     result = {
         "name": "x", "title": "X", "command": "c", "seeds": [0, 1], "metrics": {"loss": False},
+        "curves": {name: [[p.json() for p in r] for r in runs] for name, runs in curves.items()},
         "versions": {"processor": "p"}, "dense": [{"loss": 1.0}] * 2,
         "summary": lab.summary(curves, [{"loss": 1.0}] * 2, {"loss": False}),
     }  # fmt: skip
     rows = report.table(result).splitlines()
-    assert any(row.startswith("| whole | 50 % |") for row in rows)
-    assert any(row.startswith("| once | 50 % (seeds: 1) |") for row in rows)
+    assert any(row.startswith("| whole | 84 % |") for row in rows)
+    assert any(row.startswith("| once | ≤ 50 % (seeds: 1) |") for row in rows)
 
 
 def test_early_exit_pays_for_the_layers_and_heads_that_an_example_passes() -> None:

@@ -50,7 +50,7 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for method, found in result["summary"].items():
         figures = found[metric]
-        cells = [method, _critical(figures, len(result["seeds"]))]
+        cells = [method, _critical(result, method)]
         cells += [_quality(figures["budgets"][budget]) for budget in SHOWN]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"![{result['title']}](../results/{result['name']}.png)"]
@@ -70,21 +70,21 @@ def overview(results: Sequence[Mapping[str, Any]]) -> str:
         base = [quality[metric] for quality in result["dense"]]
         cells = [f"{result['title']} (`{result['command']}`)"]
         cells.append(f"{metric} {sum(base) / len(base):.4g}")
-        seeds = len(result["seeds"])
-        cells += [
-            _critical(summary[method][metric], seeds) if method in summary else "-"
-            for method in COMPARED
-        ]
+        cells += [_critical(result, method) if method in summary else "-" for method in COMPARED]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _critical(figures: Mapping[str, Any], seeds: int) -> str:
-    """The cost, and how many seeds it is of where that is fewer than the experiment's."""
-    found = figures["critical_of_mean"]
-    runs = max((len(one["values"]) for one in figures["budgets"].values() if one), default=seeds)
-    text = "never" if found is None else f"{100 * found:.0f} %"
-    return text if runs == seeds else f"{text} (seeds: {runs})"
+def _critical(result: Mapping[str, Any], method: str) -> str:
+    """The cost by the first metric; "≤" where no cheaper point was measured, and seeds where these are few."""
+    metric, runs = next(iter(result["metrics"])), result["curves"][method]
+    found = result["summary"][method][metric]["critical_of_mean"]
+    if found is None:
+        text = "never"
+    else:
+        cheapest = max(min(point["cost"] for point in run) for run in runs)
+        text = f"{'≤ ' * (found <= cheapest)}{100 * found:.0f} %"
+    return text if len(runs) == len(result["seeds"]) else f"{text} (seeds: {len(runs)})"
 
 
 def _quality(found: Mapping[str, Any] | None) -> str:
