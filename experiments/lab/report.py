@@ -76,7 +76,7 @@ def overview(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _critical(result: Mapping[str, Any], method: str) -> str:
-    """The cost by the first metric; "≤" where no cheaper point was measured, and seeds where these are few."""
+    """The cost by the first metric; "≤" where no cheaper point was measured, seeds where they are few."""
     metric, runs = next(iter(result["metrics"])), result["curves"][method]
     found = result["summary"][method][metric]["critical_of_mean"]
     if found is None:
