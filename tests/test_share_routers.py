@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import d2dcompile as d2d
-from d2dcompile import backend, rewriting, testing
+from d2dcompile import backend, recognising, rewriting, testing
 from d2dcompile.attachment import states
 from d2dcompile.capture import from_graph_module
 from d2dcompile.errors import ArtifactError, DenseFallbackWarning, RuleError
@@ -128,7 +128,7 @@ def test_a_graph_computes_the_shared_layer_once_and_chooses_what_sites_alone_wou
         assert testing.error_ratio(gm(x), dense, exact) <= 2
         captured = from_graph_module(exported(model), {}, None)
         matches = rewriting.match(captured)[0]
-        found = [(m, s) for m in matches if (s := rewriting.state_of(m, None)) is not None]
+        found = [(m, s) for m in matches if (s := recognising.state_of(m, None)) is not None]
         apart = rewriting.rewrite_captured(captured, [m for m, _ in found]).gm
         assert len({node for node, _ in routers_of(apart)}) == 5
         for tau in (0.0, 0.4, 0.9):
