@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from d2dcompile import layout, rewriting
+from d2dcompile import layout, recognising, rewriting
 from d2dcompile.capture import Captured, from_dynamo, from_graph_module, parameter_names
 from d2dcompile.ir import Conversion, Experts, Plan
 from d2dcompile.passes import Match
@@ -43,7 +43,7 @@ class Traced:
             return lambda: gm(*self.args)
         matches = self.matches()
         done = rewriting.rewrite_captured(self.captured, matches)
-        states = [rewriting.state_of(found, conversion) for found in matches]
+        states = [recognising.state_of(found, conversion) for found in matches]
         operands = [tensor for state in states for tensor in state.operands()]
         return lambda: done.gm.forward(*self.args, *operands)[0]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2dcompile import rewriting
+from d2dcompile import recognising, rewriting
 from d2dcompile.capture import from_graph_module, inline_modules, parameter_names
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.expert_mlp import expert_mlp
@@ -298,7 +298,7 @@ def test_the_routed_form_computes_what_separate_ops_compute(trace, convert_by_ha
     """One op from tokens to lists in place of six nodes, the same bits; on a GPU that is not here too."""
     traced = trace(nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)), torch.randn(2, 5, D))
     matches = traced.matches()
-    state = rewriting.state_of(matches[0], convert_by_hand(traced))
+    state = recognising.state_of(matches[0], convert_by_hand(traced))
     forms = {matches[0].site.name: "routed"}
     plain = rewriting.rewrite_captured(traced.captured, matches).gm
     routed = rewriting.rewrite_captured(traced.captured, matches, forms).gm
