@@ -36,9 +36,10 @@ def convert(
     Gradients are permuted with their weights; what an optimizer or an average of weights keeps is not, so
     make those afterwards. The same seed, weights and batches give the same conversion. A conversion
     attached before is replaced, and kept if this fails. Raises CalibrationError (no batches, values that
-    are not finite, nothing to convert) and PlanError (experts do not divide a hidden size), both before the
-    model is touched; warns with CalibrationWarning when there is too little data. Source: Szatkowski et al.
-    2024, arXiv:2310.04361, section 3, with the exact targets of `d2dcompile.calibrate`.
+    are not finite, nothing to convert), PlanError (experts do not divide a hidden size) and ConfigError (a
+    pattern of `exclude` that no site's name fits), all before the model is touched; warns with
+    CalibrationWarning when there is too little data. Source: Szatkowski et al. 2024, arXiv:2310.04361,
+    section 3, with the exact targets of `d2dcompile.calibrate`.
     """
     chosen = config if config is not None else Config.from_env()
     with recompiled(model), kept_on_error(model):

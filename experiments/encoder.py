@@ -45,7 +45,7 @@ DECISIVE = ("length", "batch", "classes")  # of a model
 RATE = 2e-4
 ADAPTING = 6e-4  # rate of the imitation
 EXECUTED = (0.3,)  # share that a tau per site is fitted to: a search takes four minutes
-MASKED = (0, 1)  # seeds of TEAL and WINA: masks of every channel take ten minutes each
+MASKED = (0, 1)  # seeds of TEAL and WINA: masks of every channel take five minutes a curve
 MEASURED = ("calibration", "validation", "test")  # of its curves, too
 HOYER = {"penalty": "hoyer", "weight": 3.0, "schedule": "linear_warmup"}
 

@@ -12,7 +12,9 @@ the variants and what a seed means are in language.py. Methods, all on held-out 
     static top-k          on the experts and routers of D2DMoE (ReLU)
     MoEfication           on the model with ReLU alone, as published, and on the sparse one
     oracle                true norms instead of the router: a bound, not a method
-    TEAL, WINA            input channels skipped, of the dense model, without any training
+    TEAL, WINA            input channels skipped, of the dense model, without any training; of the sparse one
+
+Of the first seed alone: "no penalty", the oracle, and rivals on the sparse model but for static top-k.
 """
 
 from __future__ import annotations

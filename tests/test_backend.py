@@ -17,6 +17,7 @@ from d2dcompile.errors import (
     ConversionMismatchError,
     D2DWarning,
     DenseFallbackWarning,
+    KernelError,
     NoConversionError,
     OptionError,
     TauError,
@@ -589,3 +590,11 @@ def test_an_implementation_asked_for_by_the_variable_runs(
     with torch.no_grad():
         compiled(model, inner=inner)(torch.randn(5, 16))
     assert experts.calls == 1
+
+
+def test_an_implementation_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block run as separate ops never calls the op whose implementation is misspelt."""
+    monkeypatch.setenv("D2D_IMPL", "dynamic_mlp:cpuu")
+    model = converted(depth=1)
+    with torch.no_grad(), pytest.raises(KernelError, match="asks for dynamic_mlp:cpuu; known: cpu"):
+        compiled(model)(torch.randn(5, 16))

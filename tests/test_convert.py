@@ -284,6 +284,12 @@ def test_an_excluded_block_hinders_no_other(clustering: str) -> None:
     assert list(swapped.experts) == ["block.b1"] and list(swapped.dense) == ["block"]
 
 
+def test_explain_names_blocks_as_exclude_wants_them() -> None:
+    """It listed "block" twice."""
+    sites = d2d.explain(Uneven(), batches()[0]).sites
+    assert [site.name for site in sites] == ["block", "block.b1"]
+
+
 def test_a_pattern_that_excludes_nothing_is_refused_before_the_model_is_touched() -> None:
     model = testing.Stack()
     before = copy.deepcopy(model).state_dict()
