@@ -11,6 +11,7 @@ from torch import nn
 
 import d2dcompile as d2d
 from d2dcompile.attachment import states
+from d2dcompile.capture import source_path
 from d2dcompile.errors import (
     CalibrationError,
     DenseFallbackWarning,
@@ -52,20 +53,11 @@ def test_two_models_in_one_function_are_two_sites(how: str, monkeypatch) -> None
     torch.testing.assert_close(found, wanted)
 
 
-def test_names_of_sites_do_not_show_where_dynamo_found_a_model() -> None:
-    names: list[str] = []
-
-    def seen(gm, inputs):
-        from d2dcompile.capture import from_dynamo
-        from d2dcompile.rewriting import match
-
-        names.extend(found.site.name for found in match(from_dynamo(gm, inputs, {}))[0])
-        return gm.forward
-
-    first, second = mlp(64), nn.ModuleDict({"inner": mlp(96)})
-    torch.compile(lambda x: first(x) + second["inner"](x), backend=seen)(torch.randn(4, 16))
-    assert all("[" not in name and "'" not in name for name in names), names
-    assert len(set(names)) == 2
+@pytest.mark.parametrize("root", ["L['self']", "G['model']"])
+def test_names_of_sites_do_not_show_where_dynamo_found_a_model(root: str) -> None:
+    """A local variable or a global one: that of a global was "G['model.0.weight"."""
+    path = f"{root}._modules['0']._parameters['weight']"
+    assert source_path(path) == "0.weight"
 
 
 class Broken(nn.Module):
@@ -120,7 +112,7 @@ def test_a_copy_that_ran_dense_runs_experts_once_its_conversion_is_attached() ->
         dense = fast(x)
         conversion.attach(twin)
         d2d.set_tau(twin, 0.9)
-        assert not torch.allclose(fast(x), dense)
+        assert not torch.allclose(fast(x), dense, atol=1e-4)
 
 
 class Transposed(nn.Module):
@@ -222,7 +214,8 @@ def test_numbers_reach_all_sites_of_a_name() -> None:
 
 def test_matrices_of_dynamic_sizes_are_left_so() -> None:
     """Comparing their sizes with those of converted sites would fix them."""
-    converted(mlp())
+    held = converted(mlp())
+    assert states(held)
     x, weight = torch.randn(8, 64), torch.randn(16, 64)
     for matrix in (x, weight):
         torch._dynamo.mark_dynamic(matrix, 1)
@@ -276,7 +269,7 @@ def test_a_converted_block_below_an_excluded_name_runs_its_experts(left: str) ->
     fast = compiled(model)
     torch.testing.assert_close(fast(x), wanted)
     d2d.set_tau(model, 1.0)
-    assert not torch.allclose(fast(x), wanted)
+    assert not torch.allclose(fast(x), wanted, atol=1e-4)
 
 
 @torch.no_grad()
@@ -300,7 +293,7 @@ def test_a_block_that_was_excluded_and_is_converted_apart_runs_its_experts() -> 
     torch.testing.assert_close(fast(x), wanted)
     for state in states(model[1]):
         state.set_tau(1.0)
-    assert not torch.allclose(fast(x), wanted)
+    assert not torch.allclose(fast(x), wanted, atol=1e-4)
 
 
 @torch.no_grad()
@@ -311,7 +304,7 @@ def test_a_block_that_a_running_graph_has_dense_is_not_converted_unnoticed() -> 
     torch.testing.assert_close(fast(x), wanted)
     converted(model)
     d2d.set_tau(model, {"blocks.1": 1.0})
-    assert not torch.allclose(fast(x), wanted)
+    assert not torch.allclose(fast(x), wanted, atol=1e-4)
 
 
 @torch.no_grad()
@@ -336,11 +329,12 @@ def test_a_detached_block_that_ran_dense_runs_experts_once_attached_again() -> N
         dense = fast(x)
     conversion.attach(model)
     d2d.set_tau(model, 1.0)
-    assert not torch.allclose(fast(x), dense)
+    assert not torch.allclose(fast(x), dense, atol=1e-4)
 
 
 def test_activations_of_a_weights_shape_are_no_matrices() -> None:
-    converted(Layers(1).eval())
+    held = converted(Layers(1).eval())
+    assert states(held)
     with warnings.catch_warnings():
         warnings.simplefilter("error", DenseFallbackWarning)
         compiled(nn.Linear(16, 16))(torch.randn(64, 16))
