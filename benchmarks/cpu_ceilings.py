@@ -65,6 +65,32 @@ const __m512i pair = _mm512_set1_epi32(0x3f803f80);
 #define DOT(I) a##I = (v)_mm512_dpbf16_ps((__m512)a##I, (__m512bh)pair, (__m512bh)pair);
 LOOP(fma_bf16, DOT)
 #endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+// Four products of tile registers a step; 0 where the system does not allow them.
+extern "C" int64_t tiles_bf16(int64_t steps) {
+    if (syscall(SYS_arch_prctl, 0x1023, 18)) return 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    struct alignas(64) {
+        uint8_t palette = 1, rest[15] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+#pragma omp parallel
+    {
+        _tile_loadconfig(&config);
+        for (int64_t s = 0; s < steps; s++) {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_release();
+    }
+    return 1;
+}
+#endif
 """
 
 
@@ -94,6 +120,13 @@ def ceilings(dtype: str, threads: int) -> dict[str, tuple[Callable[[], object], 
     if loop is not None:
         operations = 2.0 * LANES * CHAINS * STEPS * threads * (1 if dtype == "fp32" else 2)
         found["peak loop"] = (lambda: loop(ctypes.c_int64(STEPS)), operations)
+    tiles = getattr(library, "tiles_bf16", None)
+    if dtype != "fp32" and tiles is not None and tiles(ctypes.c_int64(1)):
+        steps = STEPS // 16  # each some 64 cycles
+        found["peak tiles"] = (
+            lambda: tiles(ctypes.c_int64(steps)),
+            2.0 * 4 * 16 * 16 * 32 * steps * threads,
+        )
     return found
 
 

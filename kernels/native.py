@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST = 1 << 16  # weights of a matrix: smaller ones are not worth seconds of compiling
 SKELETONS = Path(__file__).parent / "cpu"
 BODY = (
-    *("tile.h", "site.h", "pack.h", "product.h", "route.h"),
+    *("tile.h", "site.h", "amx.h", "pack.h", "product.h", "route.h"),
     *("decode.h", "decode_int8.h", "batch.h", "mlp.cpp"),
 )
 

@@ -9,7 +9,8 @@ namespace {
 // is the chosen expert after e. Reading a block takes as long as computing STREAM rows with it.
 template <class F>
 void share_blocks(const Call& call, Team team, F visit) {
-    constexpr int64_t STREAM = 12;  // 128 bytes a step at 19 GB/s a core, 2 products a row (Zen 4)
+    // 128 bytes a step at 19 GB/s a core, 2 products a row (Zen 4); tiles compute about ten times as fast.
+    constexpr int64_t STREAM = AMX ? 128 : 12;
     int64_t total = 0;
     for (int64_t e = 0; e < E; ++e) {
         if (const int64_t m = call.lists.count(e)) total += std::max(STREAM, m) * NB;
@@ -44,11 +45,24 @@ const lane* packed_panel(const Call& call, int64_t e, int64_t p, lane* own) {
 
 // `m` rows of expert e's list from entry r on: x itself where the expert takes every row, else a copy.
 const lane* rows_for(const Call& call, int64_t e, int64_t r, int64_t m, lane* own) {
-    if (PLAIN && call.lists.count(e) == call.rows) {
+    if (PLAIN && call.lists.count(e) == call.rows && !(call.tiles && m < TILE)) {
         return as_lanes(call.x + (r - call.lists.offsets[e]) * D);
     }
     gather(call, call.lists.tokens + r, m, own);
     return own;
+}
+
+// h = hidden values of `m` rows of expert e's list from entry r on, for blocks [b0, b1).
+void up(const Call& call, int64_t e, int64_t r, int64_t m, const lane* packed, int64_t b0, int64_t b1, int64_t size,
+        const lane* next, lane* gathered, element* h) {
+    const lane* a = rows_for(call, e, r, m, gathered);
+#if AMX
+    if (call.tiles) {
+        return up_chunk(call.site, a, KS, m, packed, b0, b1, size, next, h, HL * PER_LANE, r - call.lists.offsets[e],
+                        call.lists.count(e));
+    }
+#endif
+    up_rows(call.site, a, KS, m, packed, b0, b1, size, next, h, HL * PER_LANE);
 }
 
 void run_fused(Call& call, Team team) {
@@ -64,16 +78,16 @@ void run_fused(Call& call, Team team) {
         const lane* packed = packed_blocks(call, e, b0, b1, own);
         const lane* after = packed + (call.site.packed ? (next - e) * EXPERT_LANES : 0);
         const int64_t s0 = b0 * BLOCK / PER_LANE, s1 = std::min<int64_t>(SS, b1 * BLOCK / PER_LANE);
-        for (int64_t r = call.lists.offsets[e]; r < call.lists.offsets[e + 1]; r += GATHERED) {
-            const int64_t m = std::min<int64_t>(GATHERED, call.lists.offsets[e + 1] - r);
+        const int64_t start = call.lists.offsets[e], stop = call.lists.offsets[e + 1];
+        for (int64_t r = start; r < stop; r += call.rows_at_once()) {
+            const int64_t m = std::min(call.rows_at_once(), stop - r);
             const int32_t* token = call.lists.tokens + r;
-            const lane* a = rows_for(call, e, r, m, gathered);
-            up_rows(call.site, a, KS, m, packed, b0, b1, EXPERT_LANES * 4, after, h, HL * PER_LANE);
+            up(call, e, r, m, packed, b0, b1, EXPERT_LANES * 4, after, gathered, h);
             for (int64_t p = 0; p < NP; ++p) {
                 const lane* panel = packed_panel(call, e, p, own + UP_LANES);
                 const char* from = later(call.site, packed, (UP_LANES + p * PANEL_LANES) * 4, EXPERT_LANES * 4,
                                          after, m);
-                down_rows(reinterpret_cast<lane*>(h) + s0, HL, m, panel + s0 * PANEL, s1 - s0, from,
+                down_rows(call.tiles, reinterpret_cast<lane*>(h) + s0, HL, m, panel + s0 * PANEL, s1 - s0, from,
                           sums + p * PANEL, token, WIDTH);
             }
         }
@@ -91,6 +105,41 @@ void run_fused(Call& call, Team team) {
     }
 }
 
+// sums += what expert e adds to panels [p0, p1) of tokens [t0, t1); the expert to go on with.
+int64_t down(const Call& call, int64_t e, int64_t p0, int64_t p1, int64_t t0, int64_t t1, lane* own, float* sums) {
+    const int32_t* start = call.lists.tokens + call.lists.offsets[e];
+    const int32_t* stop = call.lists.tokens + call.lists.offsets[e + 1];
+    const bool whole = t1 - t0 == call.rows;
+    const int32_t* from = whole ? start : std::lower_bound(start, stop, int32_t(t0));
+    const int32_t* until = whole ? stop : std::lower_bound(from, stop, int32_t(t1));
+    if (from == until) return e + 1;
+    const int64_t ldy = (p1 - p0) * PANEL;
+    const lane* h = call.pairs + (from - call.lists.tokens) * HL;
+    int64_t next = e + 1;
+#if AMX
+    if (call.tiles && call.site.packed && SS >= TILE) {
+        // Experts that all tokens run are summed on tiles, up to ALIKE of them, before their sums go to memory.
+        constexpr int64_t ALIKE = 8;
+        while (next < std::min(E, e + ALIKE) && call.lists.count(e) == call.rows && call.lists.count(next) == call.rows) {
+            ++next;
+        }
+        const lane* panel = packed_panel(call, e, p0, nullptr);
+        const lane* after = panel + (next < E ? (next - e) * EXPERT_LANES : 0);
+        down_strip({h, HL, panel, PANEL, SS, next - e, call.rows * HL, EXPERT_LANES}, p1 - p0, until - from,
+                   reinterpret_cast<const char*>(after), sums - t0 * ldy, from, ldy);
+        return next;
+    }
+#endif
+    while (next < E && call.lists.count(next) == 0) ++next;
+    for (int64_t p = p0; p < p1; ++p) {
+        const lane* panel = packed_panel(call, e, p, own);
+        const lane* after = panel + (call.site.packed && next < E ? (next - e) * EXPERT_LANES : 0);
+        down_rows(call.tiles, h, HL, until - from, panel, SS, reinterpret_cast<const char*>(after),
+                  sums - t0 * ldy + (p - p0) * PANEL, from, ldy);
+    }
+    return next;
+}
+
 void run_two_phase(Call& call, Team team) {
     const auto [me, n] = team;
     lane* gathered = call.gathered + me * call.own_lanes;
@@ -98,36 +147,25 @@ void run_two_phase(Call& call, Team team) {
     share_blocks(call, team, [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
         const lane* packed = packed_blocks(call, e, b0, b1, own);
         const lane* after = packed + (call.site.packed ? (next - e) * EXPERT_LANES : 0);
-        for (int64_t r = call.lists.offsets[e]; r < call.lists.offsets[e + 1]; r += GATHERED) {
-            const int64_t m = std::min<int64_t>(GATHERED, call.lists.offsets[e + 1] - r);
-            const lane* a = rows_for(call, e, r, m, gathered);
-            up_rows(call.site, a, KS, m, packed, b0, b1, UP_LANES * 4, after,
-                    reinterpret_cast<element*>(call.pairs + r * HL), HL * PER_LANE);
+        const int64_t start = call.lists.offsets[e], stop = call.lists.offsets[e + 1];
+        for (int64_t r = start; r < stop; r += call.rows_at_once()) {
+            const int64_t m = std::min(call.rows_at_once(), stop - r);
+            up(call, e, r, m, packed, b0, b1, UP_LANES * 4, after, gathered,
+               reinterpret_cast<element*>(call.pairs + r * HL));
         }
     });
     call.barrier.wait(n);
-    // Parts: a panel of columns and a range of tokens, so that many threads find work.
-    const int64_t splits = NP >= 4 * n ? 1 : ceil_div(4 * n, NP);
-    float* sums = call.outputs + me * call.rows * PANEL;
-    for (int64_t i = NP * splits * me / n; i < NP * splits * (me + 1) / n; ++i) {
-        const int64_t p = i / splits, first = p * PANEL, part = i % splits;
+    // Parts: a strip of panels and a range of tokens, so that many threads find work.
+    const int64_t strips = ceil_div(NP, call.strip), splits = strips >= 4 * n ? 1 : ceil_div(4 * n, strips);
+    float* sums = call.outputs + me * call.rows * call.strip * PANEL;
+    for (int64_t i = strips * splits * me / n; i < strips * splits * (me + 1) / n; ++i) {
+        const int64_t p0 = i / splits * NP / strips, p1 = (i / splits + 1) * NP / strips, part = i % splits;
         const int64_t t0 = call.rows * part / splits, t1 = call.rows * (part + 1) / splits;
-        std::fill(sums, sums + (t1 - t0) * PANEL, 0.0f);
-        for (int64_t e = 0; e < E; ++e) {
-            const int32_t* start = call.lists.tokens + call.lists.offsets[e];
-            const int32_t* stop = call.lists.tokens + call.lists.offsets[e + 1];
-            const int32_t* from = splits == 1 ? start : std::lower_bound(start, stop, int32_t(t0));
-            const int32_t* until = splits == 1 ? stop : std::lower_bound(from, stop, int32_t(t1));
-            if (from == until) continue;
-            const lane* panel = packed_panel(call, e, p, own + UP_LANES);
-            int64_t next = e + 1;
-            while (next < E && call.lists.count(next) == 0) ++next;
-            const lane* after = panel + (call.site.packed && next < E ? (next - e) * EXPERT_LANES : 0);
-            down_rows(call.pairs + (from - call.lists.tokens) * HL, HL, until - from, panel, SS,
-                      reinterpret_cast<const char*>(after), sums - t0 * PANEL, from, PANEL);
-        }
-        const int64_t width = std::min<int64_t>(PANEL, OUT - first);
-        for (int64_t t = t0; t < t1; ++t) write_row(call, t, first, width, sums + (t - t0) * PANEL);
+        const int64_t first = p0 * PANEL, ldy = (p1 - p0) * PANEL;
+        std::fill(sums, sums + (t1 - t0) * ldy, 0.0f);
+        for (int64_t e = 0; e < E;) e = down(call, e, p0, p1, t0, t1, own + UP_LANES, sums);
+        const int64_t width = std::min<int64_t>(ldy, OUT - first);
+        for (int64_t t = t0; t < t1; ++t) write_row(call, t, first, width, sums + (t - t0) * ldy);
     }
 }
 

@@ -24,12 +24,15 @@ Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Li
     const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
     const bool routes = lists.tokens == nullptr, int8 = rows == 1 && site.quantised;
     const bool decode = rows == 1 && site.decode;
-    Call call{site, x, y, rows, rows <= site.fused_rows, {}, lists, given};
+    const bool tiles = rows > 1 && tiles_allowed();
+    Call call{site, x, y, rows, rows <= site.fused_rows, tiles, {}, lists, given};
     const int64_t own = GATHERED * KS, unpacked = site.packed ? 0 : UP_LANES + PANEL_LANES;
     const int64_t hidden = std::max<int64_t>(threads * GATHERED * HL, PLAIN ? 0 : rows * KS);
     const int64_t width = std::max(OV * LANE_VECTOR, PADDED_OUT);
-    const int64_t outputs = std::max(call.fused ? rows * NP * PANEL : rows * PANEL, width);
-    const int64_t pairs = call.fused ? 0 : (routes ? rows * E : lists.offsets[E]) * HL;
+    // Tiles read hidden values faster than an L3 gives them, so that they want to be read few times.
+    if (tiles) call.strip = std::clamp<int64_t>(NP / (2 * threads), 1, 4);
+    const int64_t outputs = std::max(rows * PANEL * (call.fused ? NP : call.strip), width);
+    const int64_t pairs = call.fused ? 0 : (AMX * TILE + (routes ? rows * E : lists.offsets[E])) * HL;
     const int64_t lanes = threads * (own + unpacked + outputs) + hidden + pairs + rows * (RL + EP);
     const int64_t ints = threads * E + rows * E + E + 1;
     if (!scratch.reserve(size_t(4 * (lanes + ints) + rows * E + 128 * 16))) return NO_MEMORY;
@@ -49,6 +52,7 @@ Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Li
 #pragma omp parallel num_threads(threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        const Tiles configured(tiles);
         if (routes) route(call, team);
         if (int8) run_int8(call, team);
         else if (decode) run_decode(call, team);
@@ -139,11 +143,13 @@ int64_t d2d_hidden(const void* record, const void* x, const void*, void* y, int6
         return RAN;
     }
     const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
-    Call call{site, static_cast<const element*>(x), nullptr, rows, false, {}, {}, nullptr};
+    const bool tiles = rows > 1 && tiles_allowed();
+    Call call{site, static_cast<const element*>(x), nullptr, rows, false, tiles, {}, {}, nullptr};
     call.routed = static_cast<element*>(y);
 #pragma omp parallel num_threads(threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        const Tiles configured(tiles);
         route_hidden(call, team, rows * team.me / team.n, rows * (team.me + 1) / team.n);
     }
     return RAN;

@@ -1,29 +1,43 @@
 // Scores, gate and lists: which rows each expert runs.
 #pragma once
-#include "site.h"
+#include "amx.h"
 
 namespace {
+
+template <bool ABS>
+INLINE void store_scores(const vf (&c)[2], element* to) {
+    for (int n = 0; n < 2; ++n) store_rounded(to + n * VL, ABS ? abs(c[n]) : relu(c[n]));
+}
 
 template <int M, bool ABS>
 __attribute__((noinline)) void router_tile(
     const lane* a, int64_t lda, const lane* b, int64_t steps, element* to, int64_t ld) {
     vf c[M][2] = {};
     product<M, 2>(a, lda, b, steps, {reinterpret_cast<const char*>(b) + 4096, 2 * VL * 4}, c);
-    for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < 2; ++n) {
-            for (int i = 0; i < VL; ++i) {
-                const float v = c[m][n][i];
-                to[m * ld + n * VL + i] = rounded(ABS ? std::fabs(v) : v < 0 ? 0.0f : v);
-            }
-        }
-    }
+    for (int m = 0; m < M; ++m) store_scores<ABS>(c[m], to + m * ld);
 }
 
 // to = |A B| or relu(A B) for rows [r0, r1) and blocks [b0, b1) of 2 VL columns.
 template <bool ABS>
-void router_product(const lane* a, int64_t lda, int64_t r0, int64_t r1, const lane* b, int64_t steps,
+void router_product(bool on_tiles, const lane* a, int64_t lda, int64_t r0, int64_t r1, const lane* b, int64_t steps,
                     int64_t b0, int64_t b1, element* to, int64_t ld) {
     const int64_t rows = r1 - r0, tiles = ceil_div(rows, UP_M);
+#if AMX
+    if (on_tiles && rows >= TILE) {
+        const auto factors = [&](int64_t j) {
+            return Factors{a + r0 * lda, lda, b + (b0 + j) * steps * 2 * VL, 2 * VL, steps};
+        };
+        each_tile(rows, [&](auto m, int64_t r, int64_t first, int64_t second) {
+            const auto ahead = [&](int64_t j) {  // read once, kept for all rows
+                return Ahead{reinterpret_cast<const char*>(factors(j).b) + 4096, r ? 0 : 2 * VL * 4};
+            };
+            tile_products<m()>(rows, r, first, second, b1 - b0, factors, ahead, [&](int64_t j, int64_t row, vf (&c)[2]) {
+                store_scores<ABS>(c, to + (r0 + row) * ld + (b0 + j) * 2 * VL);
+            });
+        });
+        return;
+    }
+#endif
     for (int64_t j = b0; j < b1; ++j) {
         for (int64_t i = 0, r = 0; i < tiles; ++i) {
             const int64_t next = rows * (i + 1) / tiles;
@@ -82,10 +96,10 @@ void route_hidden(Call& call, Team team, int64_t r0, int64_t r1) {
         }
         call.barrier.wait(n);
     }
-    if (rows >= int64_t(n) * UP_M) {
-        router_product<false>(a, KS, r0, r1, first, KS, 0, RB, call.routed, RL * PER_LANE);
+    if (rows >= int64_t(n) * (call.tiles ? TILE : UP_M)) {
+        router_product<false>(call.tiles, a, KS, r0, r1, first, KS, 0, RB, call.routed, RL * PER_LANE);
     } else {
-        router_product<false>(a, KS, 0, rows, first, KS, RB * me / n, RB * (me + 1) / n, call.routed,
+        router_product<false>(call.tiles, a, KS, 0, rows, first, KS, RB * me / n, RB * (me + 1) / n, call.routed,
                               RL * PER_LANE);
         call.barrier.wait(n);
     }
@@ -99,7 +113,7 @@ void route(Call& call, Team team) {
     if (!call.given) route_hidden(call, team, r0, r1);
     const lane* hidden = as_lanes(call.given ? call.given : call.routed);
     const lane* second = site.router + RB * KS * 2 * VL;
-    router_product<true>(hidden, RL, r0, r1, second, RS, 0, EB, call.scores, EP);
+    router_product<true>(call.tiles, hidden, RL, r0, r1, second, RS, 0, EB, call.scores, EP);
     int32_t* counts = call.counts + me * E;
     std::fill(counts, counts + E, 0);
     for (int64_t r = r0; r < r1; ++r) {

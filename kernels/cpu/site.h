@@ -14,6 +14,12 @@
 
 namespace {
 
+#if BF16 && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#define AMX 1
+#else
+#define AMX 0
+#endif
+
 #if defined(__AVX512F__) || defined(__ARM_NEON)  // 32 registers of a vector
 constexpr int UP_M = 12, DN_M = 6, DN = 4;
 #else  // 16
@@ -35,7 +41,8 @@ constexpr int64_t RL = RB * 2 * VL / PER_LANE;
 constexpr int64_t EB = ceil_div(E, 2 * VL);
 constexpr int64_t EP = EB * 2 * VL;
 constexpr int64_t ROUTER_LANES = RB * KS * 2 * VL + EB * RS * 2 * VL;
-constexpr int64_t GATHERED = std::max<int64_t>(UP_M, (int64_t(1) << 20) / (4 * KS) / UP_M * UP_M);
+constexpr int64_t PASS = AMX ? 32 : UP_M;  // rows that pass over weights at once
+constexpr int64_t GATHERED = std::max<int64_t>(PASS, (int64_t(1) << 20) / (4 * KS) / UP_M * UP_M);
 constexpr int64_t CHUNK = 2048;  // rows taken at once by two-phase
 
 // What a call needs beside x, as 64-bit integers: addresses, strides in elements. The same as FIELDS in
@@ -139,9 +146,12 @@ struct Call {
     element* y;
     int64_t rows;
     bool fused;
+    bool tiles;  // whether tile registers are used
     Barrier barrier;
     Lists lists;
     const element* given;  // relu(x router1^T) [rows, R] where it is shared, or null
+    int64_t strip = 1;  // panels of columns that two-phase takes at once
+    int64_t rows_at_once() const { return tiles ? PASS : GATHERED; }
     const float tau = tau_of(site);  // read once: threads that read another than their team's would wait for ever
     // scratch
     lane *hidden = nullptr, *pairs = nullptr;
@@ -159,6 +169,8 @@ constexpr bool PLAIN = D % PER_LANE == 0;
 void gather(const Call& call, const int32_t* token, int64_t rows, lane* to) {
     for (int64_t r = 0; r < rows; ++r) {
         const element* from = call.x + token[r] * int64_t(D);
+        const char* ahead = reinterpret_cast<const char*>(call.x + token[std::min(r + 2, rows - 1)] * int64_t(D));
+        for (int64_t i = 0; i < D * int64_t(sizeof(element)); i += 64) __builtin_prefetch(ahead + i);
         if (!PLAIN) to[r * KS + KS - 1] = 0;
         std::memcpy(to + r * KS, from, D * sizeof(element));
     }

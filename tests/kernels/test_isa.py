@@ -1,4 +1,4 @@
-"""The generated source on other processors: AVX2 only, no AVX at all, and aarch64 by cross-compiling."""
+"""The generated source for other instruction sets than this processor's best, and for aarch64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from d2dcompile import testing
-from d2dcompile.kernels import native
+from d2dcompile.kernels import build, native
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.dynamic_mlp import Prepared
 from d2dcompile.kernels.expert_mlp import expert_mlp
@@ -22,6 +22,18 @@ SPECS = (
     native.Spec(64, 35, 6, 24, 30, False, False, "gelu(up)"),
     native.Spec(97, 35, 7, 5, 30, True, True, "silu(gate) * up"),
 )
+# Widths of whole chunks of 32 values, and with rests, at which tile registers are used.
+TILED = (
+    native.Spec(96, 70, 5, 64, 32, False, True, "gelu(up)"),
+    native.Spec(97, 130, 4, 48, 70, True, True, "silu(gate) * up"),
+)
+AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma")
+EMULATED = ("-include", str(Path(__file__).with_name("tiles.h")), "-D__AMX_BF16__")
+
+
+def has(*flags: str) -> bool:
+    """Whether this processor has these instruction sets, by their names in Linux."""
+    return set(flags) <= set(build.processor().split())
 
 
 def built(compiler: str, spec: native.Spec, folder: Path, *flags: str) -> Path:
@@ -38,7 +50,30 @@ def built(compiler: str, spec: native.Spec, folder: Path, *flags: str) -> Path:
 @pytest.mark.parametrize("flags", [("-mavx2", "-mfma"), ()], ids=["avx2", "no-avx"])
 @pytest.mark.parametrize("spec", SPECS, ids=["fp32", "bf16"])
 def test_runs_without_avx512(spec: native.Spec, flags: tuple[str, ...], tmp_path: Path) -> None:
-    found = ctypes.CDLL(str(built("g++", spec, tmp_path, *flags)))
+    check(spec, built("g++", spec, tmp_path, *flags))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("spec", TILED, ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("needed", "flags"),
+    [
+        pytest.param(("avx512f",), AVX512, id="without"),
+        pytest.param(("avx512f",), (*AVX512, *EMULATED), id="emulated"),
+        pytest.param(("amx_bf16",), (*AVX512, "-mamx-tile", "-mamx-bf16"), id="real"),
+    ],
+)
+def test_tile_registers(
+    spec: native.Spec, needed: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    library = built("g++", spec, tmp_path, *flags)
+    if has(*needed):  # elsewhere it compiles
+        check(spec, library)
+
+
+def check(spec: native.Spec, library: Path) -> None:
+    """Every schedule of a built library gives what the block means."""
+    found = ctypes.CDLL(str(library))
     found.d2d_lanes.restype = ctypes.c_int64
     found.d2d_run.restype = found.d2d_run_lists.restype = ctypes.c_int64
     dtype, hidden = torch.bfloat16 if spec.bf16 else torch.float32, spec.experts * spec.size
@@ -59,19 +94,25 @@ def test_runs_without_avx512(spec: native.Spec, flags: tuple[str, ...], tmp_path
     found.d2d_pack_router(*map(native.address, (block.router1, block.router2, router)))
     native.write_weights(block.record, block.weights())
     native.write(block.record, router=router, tau=block.tau)
-    for rows in (1, 9, 200):
+    packed = torch.empty(found.d2d_lanes(0), dtype=torch.int32)
+    found.d2d_pack(native.address(block.record), native.address(packed))
+    for rows in (1, 9, 40, 200):
         x = torch.randn(rows, spec.d).to(dtype)
         mask = testing.routing_masks(rows, spec.experts, 0.5)
+        if rows == 200:
+            mask[:, 1:3] = True  # every token runs these
         forced = mask.contiguous()
         native.write(block.record, forced=forced, forced_rows=rows)
-        out = torch.full((rows, spec.out), torch.nan, dtype=dtype)
-        operands = map(native.address, (block.record, x, out))
-        assert found.d2d_run(*operands, native.count(x.numel())) == native.RAN
         wide = [None if w is None else w.double() for w in block.weights().values()]
         lists = dispatch(mask)
         exact = expert_mlp.meaning(x.double(), *lists, *wide, None, [], spec.activation)
         limit = 1e-2 if spec.bf16 else 2e-6
-        assert testing.rms(out.double() - exact) <= limit * testing.rms(exact)
+        for copy in (None, packed):
+            native.write(block.record, packed=copy)
+            out = torch.full((rows, spec.out), torch.nan, dtype=dtype)
+            operands = map(native.address, (block.record, x, out))
+            assert found.d2d_run(*operands, native.count(x.numel())) == native.RAN
+            assert testing.rms(out.double() - exact) <= limit * testing.rms(exact)
     assert_same_int8(found, block, spec)
 
 
