@@ -34,7 +34,8 @@ class Variant:
 class Comparison:
     """One seed of an experiment: its task, checkpoints, configuration of experts, and `budgets`.
 
-    masked: the models that TEAL and WINA are measured on for this seed.
+    masked: the models that TEAL and WINA are measured on for this seed. thresholds: taus of the
+    curves, if not the usual ones.
     """
 
     session: lab.Session
@@ -43,10 +44,13 @@ class Comparison:
     config: d2d.Config
     executed: Sequence[float] = BUDGETS
     masked: Sequence[str] = ("dense", "sparse")
+    thresholds: Sequence[float] = ()
 
     @property
     def taus(self) -> Sequence[float]:
         """Thresholds of the curves."""
+        if self.thresholds:
+            return self.thresholds
         return QUICK_TAUS if self.session.quick else TAUS
 
     @property
@@ -72,9 +76,9 @@ class Comparison:
         if first:
             found |= self._oracle("oracle", sparse)
         if kept is not None:
-            found |= self._dynamic("D2DMoE, activation kept", kept)
+            found |= self.dynamic("D2DMoE, activation kept", kept)
         if first:
-            found |= self._dynamic("D2DMoE, no penalty", relu)
+            found |= self.dynamic("D2DMoE, no penalty", relu)
         found |= self._moefication("MoEfication", relu)
         if first:
             found |= self._moefication("MoEfication, sparse model", sparse)
@@ -85,7 +89,7 @@ class Comparison:
         return found
 
     def _ours(self, name: str, variant: Variant) -> dict[str, list[lab.Point]]:
-        found = self._dynamic(name, variant)
+        found = self.dynamic(name, variant)
         each = f"{name}, a tau per site"
 
         def fitted() -> list[lab.Point]:
@@ -96,7 +100,9 @@ class Comparison:
         points = self._curve(each, variant, {"budgets": self.budgets}, fitted)
         return found | {each: [found[name][0], *points]}
 
-    def _dynamic(self, name: str, variant: Variant) -> dict[str, list[lab.Point]]:
+    def dynamic(self, name: str, variant: Variant) -> dict[str, list[lab.Point]]:
+        """{name: a curve over tau} of the variant as this comparison converts it."""
+
         def measured() -> list[lab.Point]:
             self._convert(variant)
             return lab.dynamic(self.task, variant.model, self.session.device, self.taus)

@@ -267,6 +267,16 @@ class Trainer:
         settings = {"variant": name, **measured, **lab.settings_of(self.task, recipe)}
         return Variant(model, settings)
 
+    def config(self, seed: int) -> d2d.Config:
+        """How a seed's models are converted."""
+        sizes = self.sizes
+        return d2d.Config(
+            expert_size=sizes.expert_size,
+            router_width=sizes.router_width,
+            router_epochs=sizes.router_epochs,
+            seed=seed,
+        )
+
     def _shared(
         self, name: str, task: lab.Task, recipe: lab.Recipe, make: Callable[[], nn.Module]
     ) -> Start:
@@ -310,14 +320,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sparse = trainer.variant(seed, "sparse", adapted, sparsity=HOYER)
         dense.append(quality(plain.model, lab.on(session.device, task.test)))
         session.say(f"seed {seed}: dense {dense[-1]}")
-        config = d2d.Config(
-            expert_size=sizes.expert_size,
-            router_width=sizes.router_width,
-            router_epochs=sizes.router_epochs,
-            seed=seed,
-        )
         masked = ("dense", "sparse") if session.quick else ("dense",) * (seed in MASKED)
-        comparison = Comparison(session, session.steps(seed), task, config, EXECUTED, masked)
+        comparison = Comparison(
+            session, session.steps(seed), task, trainer.config(seed), EXECUTED, masked
+        )
         for method, points in comparison.curves(plain, relu, sparse, None).items():
             curves.setdefault(method, []).append(points)
     data = fragments(sizes.classes)
