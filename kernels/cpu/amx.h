@@ -148,7 +148,8 @@ __attribute__((noinline)) void last_steps(const Factors& of, int64_t row, vf (&c
 // each row is given to write(j, row, sums). ahead(j) is fetched on the way. While tile registers compute one product,
 // vector registers write the one before.
 template <int M, class F, class P, class W>
-INLINE void tile_products(int64_t rows, int64_t r, int64_t r0, int64_t r1, int64_t count, F factors, P ahead, W write) {
+INLINE void tile_products(int64_t rows, int64_t r, int64_t r0, int64_t r1, int64_t count, F factors, P ahead,
+                          W write) {
     alignas(64) float sums[2][2 * TILE * WIDE];
     const int64_t until = std::min(rows, r1 + TILE), middle = M == 1 ? until : r0 + TILE;
     const auto finish = [&](int64_t j, const Factors& of, int64_t from, int64_t to) {

@@ -120,9 +120,8 @@ int64_t down(const Call& call, int64_t e, int64_t p0, int64_t p1, int64_t t0, in
     if (call.tiles && call.site.packed && SS >= TILE) {
         // Experts that all tokens run are summed on tiles, up to ALIKE of them, before their sums go to memory.
         constexpr int64_t ALIKE = 8;
-        while (next < std::min(E, e + ALIKE) && call.lists.count(e) == call.rows && call.lists.count(next) == call.rows) {
-            ++next;
-        }
+        const auto everywhere = [&](int64_t i) { return call.lists.count(i) == call.rows; };
+        while (next < std::min(E, e + ALIKE) && everywhere(e) && everywhere(next)) ++next;
         const lane* panel = packed_panel(call, e, p0, nullptr);
         const lane* after = panel + (next < E ? (next - e) * EXPERT_LANES : 0);
         down_strip({h, HL, panel, PANEL, SS, next - e, call.rows * HL, EXPERT_LANES}, p1 - p0, until - from,

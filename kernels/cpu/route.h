@@ -31,9 +31,10 @@ void router_product(bool on_tiles, const lane* a, int64_t lda, int64_t r0, int64
             const auto ahead = [&](int64_t j) {  // read once, kept for all rows
                 return Ahead{reinterpret_cast<const char*>(factors(j).b) + 4096, r ? 0 : 2 * VL * 4};
             };
-            tile_products<m()>(rows, r, first, second, b1 - b0, factors, ahead, [&](int64_t j, int64_t row, vf (&c)[2]) {
+            const auto write = [&](int64_t j, int64_t row, vf (&c)[2]) {
                 store_scores<ABS>(c, to + (r0 + row) * ld + (b0 + j) * 2 * VL);
-            });
+            };
+            tile_products<m()>(rows, r, first, second, b1 - b0, factors, ahead, write);
         });
         return;
     }
