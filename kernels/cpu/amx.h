@@ -61,6 +61,7 @@ public:
             uint8_t rows[16] = {};
         } config;
         for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = TILE;
+        asm volatile("" : : "r"(&config) : "memory");  // all of it, of which the instruction names a part
         if (used) _tile_loadconfig(&config);
     }
     Tiles(const Tiles&) = delete;
@@ -150,6 +151,7 @@ __attribute__((noinline)) void last_steps(const Factors& of, int64_t row, vf (&c
 template <int M, class F, class P, class W>
 INLINE void tile_products(int64_t rows, int64_t r, int64_t r0, int64_t r1, int64_t count, F factors, P ahead,
                           W write) {
+    if (count == 0) return;  // a thread without blocks
     alignas(64) float sums[2][2 * TILE * WIDE];
     const int64_t until = std::min(rows, r1 + TILE), middle = M == 1 ? until : r0 + TILE;
     const auto finish = [&](int64_t j, const Factors& of, int64_t from, int64_t to) {

@@ -43,26 +43,31 @@ const lane* packed_panel(const Call& call, int64_t e, int64_t p, lane* own) {
     return own;
 }
 
+struct Rows {
+    const lane* first;
+    int64_t apart;  // lanes from one to the next
+};
+
 // `m` rows of expert e's list from entry r on: x itself where the expert takes every row, else a copy.
-const lane* rows_for(const Call& call, int64_t e, int64_t r, int64_t m, lane* own) {
+Rows rows_for(const Call& call, int64_t e, int64_t r, int64_t m, lane* own) {
     if (PLAIN && call.lists.count(e) == call.rows && !(call.tiles && m < TILE)) {
-        return as_lanes(call.x + (r - call.lists.offsets[e]) * D);
+        return {as_lanes(call.x + (r - call.lists.offsets[e]) * D), KS};
     }
-    gather(call, call.lists.tokens + r, m, own);
-    return own;
+    gather(call, call.lists.tokens + r, m, own, APART);
+    return {own, APART};
 }
 
 // h = hidden values of `m` rows of expert e's list from entry r on, for blocks [b0, b1).
 void up(const Call& call, int64_t e, int64_t r, int64_t m, const lane* packed, int64_t b0, int64_t b1, int64_t size,
         const lane* next, lane* gathered, element* h) {
-    const lane* a = rows_for(call, e, r, m, gathered);
+    const auto [a, apart] = rows_for(call, e, r, m, gathered);
 #if AMX
     if (call.tiles) {
-        return up_chunk(call.site, a, KS, m, packed, b0, b1, size, next, h, HL * PER_LANE, r - call.lists.offsets[e],
+        return up_chunk(call.site, a, apart, m, packed, b0, b1, size, next, h, HL * PER_LANE, r - call.lists.offsets[e],
                         call.lists.count(e));
     }
 #endif
-    up_rows(call.site, a, KS, m, packed, b0, b1, size, next, h, HL * PER_LANE);
+    up_rows(call.site, a, apart, m, packed, b0, b1, size, next, h, HL * PER_LANE);
 }
 
 void run_fused(Call& call, Team team) {

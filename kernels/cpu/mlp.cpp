@@ -22,11 +22,12 @@ namespace {
 Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Lists lists,
                 const element* given = nullptr) {
     const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
-    const bool routes = lists.tokens == nullptr, int8 = rows == 1 && site.quantised;
+    const bool routes = lists.offsets == nullptr,  // lists without pairs have no tokens
+                int8 = rows == 1 && site.quantised;
     const bool decode = rows == 1 && site.decode;
     const bool tiles = rows > 1 && tiles_allowed();
     Call call{site, x, y, rows, rows <= site.fused_rows, tiles, {}, lists, given};
-    const int64_t own = GATHERED * KS, unpacked = site.packed ? 0 : UP_LANES + PANEL_LANES;
+    const int64_t own = GATHERED * APART, unpacked = site.packed ? 0 : UP_LANES + PANEL_LANES;
     const int64_t hidden = std::max<int64_t>(threads * GATHERED * HL, PLAIN ? 0 : rows * KS);
     const int64_t width = std::max(OV * LANE_VECTOR, PADDED_OUT);
     // Tiles read hidden values faster than an L3 gives them, so that they want to be read few times.

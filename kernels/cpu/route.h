@@ -92,7 +92,7 @@ void route_hidden(Call& call, Team team, int64_t r0, int64_t r1) {
         if (me == 0) {
             for (int64_t r = 0; r < rows; ++r) {
                 const int32_t t = int32_t(r);
-                gather(call, &t, 1, call.hidden + r * KS);
+                gather(call, &t, 1, call.hidden + r * KS, KS);
             }
         }
         call.barrier.wait(n);

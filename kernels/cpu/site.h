@@ -42,6 +42,9 @@ constexpr int64_t EB = ceil_div(E, 2 * VL);
 constexpr int64_t EP = EB * 2 * VL;
 constexpr int64_t ROUTER_LANES = RB * KS * 2 * VL + EB * RS * 2 * VL;
 constexpr int64_t PASS = AMX ? 32 : UP_M;  // rows that pass over weights at once
+// Lanes from one gathered row to the next: where rows lie a multiple of 2 KB apart, their lanes of one step drive each
+// other out of the first-level cache.
+constexpr int64_t APART = KS + (KS * 4 % 2048 == 0 ? VL : 0);
 constexpr int64_t GATHERED = std::max<int64_t>(PASS, (int64_t(1) << 20) / (4 * KS) / UP_M * UP_M);
 constexpr int64_t CHUNK = 2048;  // rows taken at once by two-phase
 
@@ -166,13 +169,13 @@ struct Call {
 // The rows of x as lanes, `stride` lanes apart: x itself, or a padded copy of an odd bf16 width.
 constexpr bool PLAIN = D % PER_LANE == 0;
 
-void gather(const Call& call, const int32_t* token, int64_t rows, lane* to) {
+void gather(const Call& call, const int32_t* token, int64_t rows, lane* to, int64_t apart) {
     for (int64_t r = 0; r < rows; ++r) {
         const element* from = call.x + token[r] * int64_t(D);
         const char* ahead = reinterpret_cast<const char*>(call.x + token[std::min(r + 2, rows - 1)] * int64_t(D));
         for (int64_t i = 0; i < D * int64_t(sizeof(element)); i += 64) __builtin_prefetch(ahead + i);
-        if (!PLAIN) to[r * KS + KS - 1] = 0;
-        std::memcpy(to + r * KS, from, D * sizeof(element));
+        if (!PLAIN) to[r * apart + KS - 1] = 0;
+        std::memcpy(to + r * apart, from, D * sizeof(element));
     }
 }
 

@@ -189,6 +189,17 @@ def test_given_lists(name, rows, threads) -> None:
     assert_as_good(expert_cpu.run(*given_), expert_mlp.meaning(*given_), exact)
 
 
+def test_given_lists_may_hold_no_pair() -> None:
+    """No expert runs, where it once was all of them: a tensor without elements has no address."""
+    block = block_of(replace(SPECS["fp32"], router=1))
+    x, mask = rows_of(SPECS["fp32"], 4), masks(4, SPECS["fp32"].experts, 0.5, 0)
+    tokens, offsets, slots = dispatch(torch.zeros_like(mask))
+    weights = block.weights() | {"b_down": None}
+    given = (tokens[:0].clone(), offsets, slots, *weights.values(), None, [], block.activation)
+    assert expert_cpu.accepts(x, *given)
+    assert not expert_cpu.run(x, *given).any()
+
+
 def test_given_lists_refuse_what_they_do_not_compute() -> None:
     spec = replace(SPECS["fp32"], router=1)
     block = block_of(spec)

@@ -71,6 +71,34 @@ def test_tile_registers(
         check(spec, library)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(not has("avx512f"), reason="needs AVX-512")
+def test_more_threads_than_blocks_of_the_router(tmp_path: Path) -> None:
+    """A thread without blocks writes nothing, least of all before the output."""
+    spec, guard = TILED[0], 64
+    found = ctypes.CDLL(str(built("g++", spec, tmp_path, *AVX512, *EMULATED)))
+    found.d2d_lanes.restype = ctypes.c_int64
+    router1 = torch.randn(spec.router, spec.d).bfloat16()
+    router2 = torch.randn(spec.experts, spec.router).bfloat16()
+    router = torch.empty(found.d2d_lanes(1), dtype=torch.int32)
+    found.d2d_pack_router(*map(native.address, (router1, router2, router)))
+    record, tau = native.table(), tau_bits(0.5)
+    sharers = torch.tensor([record.data_ptr()])
+    native.write(record, router=router, tau=tau, sharers=sharers, sharer_count=1)
+    for threads in (1, 2, 3):
+        found.omp_set_num_threads(threads)
+        for rows in (15, 16, 24, 31, 32, 47, 48):
+            x = torch.randn(rows, spec.d).bfloat16()
+            out = torch.full((guard + rows * spec.router,), 7.0, dtype=torch.bfloat16)
+            to = ctypes.c_void_p(out[guard:].data_ptr())
+            found.d2d_hidden(*map(native.address, (record, x, None)), to, native.count(x.numel()))
+            exact = (x.double() @ router1.double().t()).relu()
+            assert (out[:guard] == 7).all()
+            assert testing.rms(out[guard:].view_as(exact).double() - exact) < 1e-2 * testing.rms(
+                exact
+            )
+
+
 def check(spec: native.Spec, library: Path) -> None:
     """Every schedule of a built library gives what the block means."""
     found = ctypes.CDLL(str(library))
