@@ -52,7 +52,7 @@ HOYER = {"penalty": "hoyer", "weight": 3.0, "schedule": "linear_warmup"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of data and training."""
+    """Sizes of data and training; layers: how many of MiniLM's, from the first on, None for all."""
 
     length: int = 64
     batch: int = 32
@@ -67,11 +67,12 @@ class Sizes:
     expert_size: int = 8
     router_width: int = 64
     router_epochs: int = 20
+    layers: int | None = None
 
 
 QUICK = Sizes(
     length=24, batch=16, steps=8, again=8, adapt=8, finetune=8, calibration=4, validation=1, test=2,
-    classes=4, expert_size=64, router_width=16, router_epochs=3,
+    classes=4, expert_size=64, router_width=16, router_epochs=3, layers=2,
 )  # fmt: skip
 
 
@@ -144,11 +145,14 @@ def task_of(sizes: Sizes) -> lab.Task:
 
     def model(hidden: int | None) -> nn.Module:
         torch.manual_seed(0)
-        return Classifier(copy.deepcopy(encoder), encoder.config.hidden_size, sizes.classes)
+        copied = copy.deepcopy(encoder)
+        copied.encoder.layer = copied.encoder.layer[: sizes.layers]
+        return Classifier(copied, encoder.config.hidden_size, sizes.classes)
 
+    cut = {} if sizes.layers is None else {"layers": sizes.layers}
     return lab.Task(
         name="encoder",
-        settings={name: vars(sizes)[name] for name in DECISIVE} | {"corpus": data.sha256},
+        settings={name: vars(sizes)[name] for name in DECISIVE} | {"corpus": data.sha256} | cut,
         model=model,
         train=train,
         calibration=some("train", sizes.calibration),

@@ -56,8 +56,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    vocabulary=512, length=64, width=64, layers=2, heads=2, hidden=256, batch=8, steps=60,
-    finetune=30, calibration=16, validation=4, test=8, files=60, router_width=16,
+    vocabulary=512, length=64, width=64, layers=2, heads=2, hidden=256, batch=8, steps=30,
+    finetune=10, calibration=8, validation=4, test=8, files=60, router_width=16,
 )  # fmt: skip
 
 

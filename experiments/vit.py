@@ -38,6 +38,7 @@ class Sizes:
         expert, router: neurons per expert, and units of a router, which is small because the blocks are.
         epochs: of router fits.
         weight: of the square Hoyer penalty.
+        batches: of 100 images, how many each of calibration, validation and test has at most; None for all.
     """
 
     width: int = 64
@@ -52,6 +53,7 @@ class Sizes:
     router: int = 16
     epochs: int = 30
     weight: float = 3.0
+    batches: int | None = None
 
     def config(self, **changes: Any) -> d2d.Config:
         """How it is converted."""
@@ -63,7 +65,9 @@ class Sizes:
         return d2d.Config(**{**given, **changes})
 
 
-QUICK = Sizes(width=32, layers=2, heads=2, hidden=128, dense=120, finetune=60, router=8, epochs=6)
+QUICK = Sizes(
+    width=32, layers=2, heads=2, hidden=128, dense=40, finetune=20, router=8, epochs=3, batches=3,
+)  # fmt: skip
 
 
 def digits(seed: int, sizes: Sizes) -> Task:
@@ -92,9 +96,9 @@ def digits(seed: int, sizes: Sizes) -> Task:
         settings={"split": seed, **{name: getattr(sizes, name) for name in MODEL}},
         model=model,
         train=batch,
-        calibration=[*batches(train, 100), *shifts],
-        validation=batches(validation, 100),
-        test=batches(test, 100),
+        calibration=[*batches(train, 100), *shifts][: sizes.batches],
+        validation=batches(validation, 100)[: sizes.batches],
+        test=batches(test, 100)[: sizes.batches],
         loss=lambda model, batch: model(**batch).loss,
         quality=quality,
         metrics={"accuracy": True, "cross-entropy": False},
