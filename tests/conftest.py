@@ -5,6 +5,10 @@ import os
 import warnings
 
 import pytest
+
+# Read when OpenMP is loaded: two threads on cores that others use would wait for each other in a loop.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Tests run side by side, one thread each: torch's second thread makes tiny products up to 50 times slower

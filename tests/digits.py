@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,7 +90,12 @@ def train(
 
 
 def trained(epochs: int = 25, weight: float = 0.3, **sizes: int) -> Digits:
-    """A model trained to about 0.95 on held-out digits, its activations made sparse."""
+    """A model trained to about 0.95 on held-out digits, its activations made sparse; once a process."""
+    return copy.deepcopy(_trained(epochs, weight, **sizes))
+
+
+@cache
+def _trained(epochs: int, weight: float, **sizes: int) -> Digits:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Digits(**sizes)

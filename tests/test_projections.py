@@ -32,11 +32,11 @@ def _gqa(t: Any) -> Tiny:
 
 def _bart(t: Any) -> Tiny:
     config = t.BartConfig(
-        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=1,
     )  # fmt: skip
     inputs = testing.tiny("t5").inputs
-    return Tiny(t.BartModel(config), inputs, 3)
+    return Tiny(t.BartModel(config), inputs, 2)
 
 
 FORMS: dict[str, tuple[Callable[[Any], Tiny] | None, list[str], set[tuple[int, int, int]]]] = {
@@ -47,7 +47,7 @@ FORMS: dict[str, tuple[Callable[[Any], Tiny] | None, list[str], set[tuple[int, i
     "phi3": (None, ["qkv", "o"] * 2, {(32, 24, 96), (32, 16, 32)}),
     "t5": (None, [*"qkvo"] * 6, {(32, 16, 32)}),
     "gqa": (_gqa, [*"qkvo"] * 2, {(64, 32, 64), (64, 13, 16)}),
-    "bart": (_bart, [*"qkvo"] * 5, {(32, 16, 32)}),
+    "bart": (_bart, [*"qkvo"] * 3, {(32, 16, 32)}),
 }
 
 
