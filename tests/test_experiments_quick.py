@@ -28,10 +28,12 @@ METHODS = {
     "lm": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
     "gated": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
     "encoder": ("D2DMoE", "D2DMoE, a tau per site", "static top-k", "MoEfication", "TEAL", "WINA"),
+    "sizes": ("experts of 64", "experts of 64, by co-activation"),
 }
+ON_MINILM, AS_A_COMMAND = ("encoder", "sizes"), "lm"
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("encoder", "lm")])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in (*ON_MINILM, AS_A_COMMAND)])
 def test_quick_form(name: str, tmp_path: Path) -> None:
     importlib.import_module(f"experiments.{name}").main(["--quick", "--out", str(tmp_path)])
     assert_complete(name, tmp_path)
@@ -39,13 +41,15 @@ def test_quick_form(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.minilm
 def test_quick_form_on_minilm(tmp_path: Path) -> None:
-    importlib.import_module("experiments.encoder").main(["--quick", "--out", str(tmp_path)])
-    assert_complete("encoder", tmp_path)
+    """The second takes the trained models of the first."""
+    for name in ON_MINILM:
+        importlib.import_module(f"experiments.{name}").main(["--quick", "--out", str(tmp_path)])
+        assert_complete(name, tmp_path)
 
 
 def test_quick_form_as_a_command(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.lm", "--quick", "--out", str(tmp_path)],
+        [sys.executable, "-m", f"experiments.{AS_A_COMMAND}", "--quick", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=900,
@@ -53,7 +57,7 @@ def test_quick_form_as_a_command(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert_complete("lm", tmp_path)
+    assert_complete(AS_A_COMMAND, tmp_path)
 
 
 def assert_complete(name: str, folder: Path) -> None:
