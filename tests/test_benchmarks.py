@@ -81,8 +81,9 @@ def test_masked_eager_is_the_block_with_its_forced_experts() -> None:
         assert models_group.error(model(x), exact) > 1e-3
 
 
-def test_the_page_of_cpu_times_has_the_tables_of_the_recorded_run() -> None:
+@pytest.mark.parametrize("run", ["cpu", "cpu_amx"])
+def test_the_page_of_cpu_times_has_the_tables_of_the_recorded_run(run: str) -> None:
     root = Path(__file__).parents[1]
-    found = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text())
-    page = (root / "docs" / "cpu.md").read_text()
-    assert "\n".join(cpu_report.tables(found).splitlines()[2:]) in page
+    found = json.loads((root / "benchmarks" / "results" / f"{run}.json").read_text())
+    text, page = cpu_report.tables(found), (root / "docs" / "cpu.md").read_text()
+    assert text[text.index("| FFN |") :] in page
