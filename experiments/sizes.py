@@ -1,9 +1,9 @@
 """How large experts may be: the sparse encoder of encoder.py in experts of 4 to 256 neurons.
 
-    python -m experiments.sizes --seeds 1   40 minutes on one core beside the encoder's checkpoints
+    python -m experiments.sizes --seeds 1   35 minutes on one core beside the encoder's checkpoints
     python -m experiments.sizes --quick     small sizes
 
-Small experts are chosen more exactly; kernels want large ones, at least 64 on CPUs (docs/cpu.md). The
+Small experts are chosen more exactly; kernels want large ones: those of docs/cpu.md have 64. The
 trained models are the encoder's: with its folder of checkpoints, --out, none is trained again. Quality and
 cost are as there. Experts of 64 are also made of neurons that fire together, where those of the rest are of
 neurons with similar weights.
