@@ -43,7 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch):
-    """Seed, forget compiled graphs, and drop D2D_* variables of the surroundings."""
+    """Seed, one thread, forget compiled graphs, and drop D2D_* variables of the surroundings.
+
+    Threads are set back afterwards: a test that leaves three makes all later ones of its worker wait.
+    """
     for name in [name for name in os.environ if name.startswith("D2D_")]:
         monkeypatch.delenv(name)
     torch.manual_seed(0)
@@ -51,3 +54,4 @@ def _fresh(monkeypatch: pytest.MonkeyPatch):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*calibration tokens.*")
         yield
+    torch.set_num_threads(1)

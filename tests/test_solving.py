@@ -225,15 +225,15 @@ def test_time_is_searched_within_its_noise(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_timing_compares_the_compiled_model_with_itself_at_tau_zero() -> None:
-    model = testing.Stack(1, d=64, h=2048)
-    config = d2d.Config(router_epochs=2, expert_size=32, router_width=8)
-    d2d.convert(model, [torch.randn(1024, 64)], config, progress=False)
+    model = testing.Stack(1, d=64, h=8192)
+    config = d2d.Config(router_epochs=2, expert_size=128, router_width=8)
+    d2d.convert(model, [torch.randn(512, 64)], config, progress=False)
     held = [torch.randn(256, 64)]
     pace = solving.Pace(model, held)
     same, _ = pace.ratio({"blocks.0": 0.0})
     sparse, _ = pace.ratio({"blocks.0": 1.0})
     assert 0.6 < same < 1.6  # whatever else the machine does
-    assert sparse < 0.8 * same  # one expert of 64
+    assert sparse < 0.8 * same  # one expert of 64: a tenth on an idle machine
     assert set_at(model) == {"blocks.0": 1.0}
 
 
