@@ -5,26 +5,64 @@
 
 namespace {
 
+// A range of a call's tokens with the entries of the lists that are theirs.
+struct Part {
+    int64_t t0, rows;      // tokens [t0, t0 + rows)
+    int32_t first[E], last[E];  // expert e's entries [first, last)
+    int32_t place[E];      // where its hidden values begin, in rows
+    int64_t count(int64_t e) const { return last[e] - first[e]; }
+    bool everywhere(int64_t e) const { return count(e) == rows; }
+};
+
+// Tokens [t0, t1) of a call; lists are in the order of tokens.
+Part part_of(const Call& call, int64_t t0, int64_t t1) {
+    Part part{t0, t1 - t0};
+    const bool whole = part.rows == call.rows;
+    const int32_t* tokens = call.lists.tokens;
+    int32_t place = 0;
+    for (int64_t e = 0; e < E; ++e) {
+        const int32_t *start = tokens + call.lists.offsets[e], *stop = tokens + call.lists.offsets[e + 1];
+        const int32_t* from = whole ? start : std::lower_bound(start, stop, int32_t(t0));
+        const int32_t* until = whole ? stop : std::lower_bound(from, stop, int32_t(t1));
+        part.first[e] = int32_t(from - tokens);
+        part.last[e] = int32_t(until - tokens);
+        part.place[e] = place;
+        place += int32_t(until - from);
+    }
+    return part;
+}
+
+// In how many parts two-phase takes its tokens. Rows of x that the second-level cache does not hold are fetched from
+// farther away for every expert; in parts that it holds, each is fetched once, and the weights once a part.
+int64_t parts_of(const Call& call) {
+    static const int64_t room = cache_bytes() / 8 * 5;
+    const int64_t parts = ceil_div(call.rows * KS * 4, room);
+    int64_t used = 0;
+    for (int64_t e = 0; e < E; ++e) used += call.lists.count(e) > 0;
+    const int64_t pairs = call.lists.offsets[E] - call.lists.offsets[0];
+    return pairs * KS > (parts - 1) * used * EXPERT_LANES ? parts : 1;
+}
+
 // Calls visit(e, b0, b1, next) for this thread's share of the chosen experts' blocks, in order of experts; `next`
 // is the chosen expert after e. Reading a block takes as long as computing STREAM rows with it.
 template <class F>
-void share_blocks(const Call& call, Team team, F visit) {
+void share_blocks(const Part& part, Team team, F visit) {
     // 128 bytes a step at 19 GB/s a core, 2 products a row (Zen 4); tiles compute about ten times as fast.
     constexpr int64_t STREAM = AMX ? 128 : 12;
     int64_t total = 0;
     for (int64_t e = 0; e < E; ++e) {
-        if (const int64_t m = call.lists.count(e)) total += std::max(STREAM, m) * NB;
+        if (const int64_t m = part.count(e)) total += std::max(STREAM, m) * NB;
     }
     const int64_t from = total * team.me / team.n, to = total * (team.me + 1) / team.n;
     int64_t at = 0;
     for (int64_t e = 0; e < E && at < to; ++e) {
-        const int64_t m = call.lists.count(e);
+        const int64_t m = part.count(e);
         if (m == 0) continue;
         const int64_t cost = std::max(STREAM, m);
         const int64_t b0 = std::clamp<int64_t>(ceil_div(from - at, cost), 0, NB);
         const int64_t b1 = std::clamp<int64_t>(ceil_div(to - at, cost), 0, NB);
         int64_t next = e + 1;
-        while (next < E && call.lists.count(next) == 0) ++next;
+        while (next < E && part.count(next) == 0) ++next;
         if (b0 < b1) visit(e, b0, b1, next < E ? next : e);
         at += cost * NB;
     }
@@ -49,22 +87,22 @@ struct Rows {
 };
 
 // `m` rows of expert e's list from entry r on: x itself where the expert takes every row, else a copy.
-Rows rows_for(const Call& call, int64_t e, int64_t r, int64_t m, lane* own) {
-    if (PLAIN && call.lists.count(e) == call.rows && !(call.tiles && m < TILE)) {
-        return {as_lanes(call.x + (r - call.lists.offsets[e]) * D), KS};
+Rows rows_for(const Call& call, const Part& part, int64_t e, int64_t r, int64_t m, lane* own) {
+    if (PLAIN && part.everywhere(e) && !(call.tiles && m < TILE)) {
+        return {as_lanes(call.x + (part.t0 + r - part.first[e]) * D), KS};
     }
     gather(call, call.lists.tokens + r, m, own, APART);
     return {own, APART};
 }
 
 // h = hidden values of `m` rows of expert e's list from entry r on, for blocks [b0, b1).
-void up(const Call& call, int64_t e, int64_t r, int64_t m, const lane* packed, int64_t b0, int64_t b1, int64_t size,
-        const lane* next, lane* gathered, element* h) {
-    const auto [a, apart] = rows_for(call, e, r, m, gathered);
+void up(const Call& call, const Part& part, int64_t e, int64_t r, int64_t m, const lane* packed, int64_t b0, int64_t b1,
+        int64_t size, const lane* next, lane* gathered, element* h) {
+    const auto [a, apart] = rows_for(call, part, e, r, m, gathered);
 #if AMX
     if (call.tiles) {
-        return up_chunk(call.site, a, apart, m, packed, b0, b1, size, next, h, HL * PER_LANE, r - call.lists.offsets[e],
-                        call.lists.count(e));
+        return up_chunk(call.site, a, apart, m, packed, b0, b1, size, next, h, HL * PER_LANE, r - part.first[e],
+                        part.count(e));
     }
 #endif
     up_rows(call.site, a, apart, m, packed, b0, b1, size, next, h, HL * PER_LANE);
@@ -79,15 +117,16 @@ void run_fused(Call& call, Team team) {
     lane* own = call.unpacked + me * (UP_LANES + PANEL_LANES);
     element* h = reinterpret_cast<element*>(call.hidden + me * GATHERED * HL);
     std::fill(sums, sums + rows * WIDTH, 0.0f);
-    share_blocks(call, team, [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
+    const Part part = part_of(call, 0, rows);
+    share_blocks(part, team, [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
         const lane* packed = packed_blocks(call, e, b0, b1, own);
         const lane* after = packed + (call.site.packed ? (next - e) * EXPERT_LANES : 0);
         const int64_t s0 = b0 * BLOCK / PER_LANE, s1 = std::min<int64_t>(SS, b1 * BLOCK / PER_LANE);
-        const int64_t start = call.lists.offsets[e], stop = call.lists.offsets[e + 1];
+        const int64_t start = part.first[e], stop = part.last[e];
         for (int64_t r = start; r < stop; r += call.rows_at_once()) {
             const int64_t m = std::min(call.rows_at_once(), stop - r);
             const int32_t* token = call.lists.tokens + r;
-            up(call, e, r, m, packed, b0, b1, EXPERT_LANES * 4, after, gathered, h);
+            up(call, part, e, r, m, packed, b0, b1, EXPERT_LANES * 4, after, gathered, h);
             for (int64_t p = 0; p < NP; ++p) {
                 const lane* panel = packed_panel(call, e, p, own + UP_LANES);
                 const char* from = later(call.site, packed, (UP_LANES + p * PANEL_LANES) * 4, EXPERT_LANES * 4,
@@ -111,30 +150,30 @@ void run_fused(Call& call, Team team) {
 }
 
 // sums += what expert e adds to panels [p0, p1) of tokens [t0, t1); the expert to go on with.
-int64_t down(const Call& call, int64_t e, int64_t p0, int64_t p1, int64_t t0, int64_t t1, lane* own, float* sums) {
-    const int32_t* start = call.lists.tokens + call.lists.offsets[e];
-    const int32_t* stop = call.lists.tokens + call.lists.offsets[e + 1];
-    const bool whole = t1 - t0 == call.rows;
+int64_t down(const Call& call, const Part& part, int64_t e, int64_t p0, int64_t p1, int64_t t0, int64_t t1, lane* own,
+             float* sums) {
+    const int32_t* start = call.lists.tokens + part.first[e];
+    const int32_t* stop = call.lists.tokens + part.last[e];
+    const bool whole = t1 - t0 == part.rows;
     const int32_t* from = whole ? start : std::lower_bound(start, stop, int32_t(t0));
     const int32_t* until = whole ? stop : std::lower_bound(from, stop, int32_t(t1));
     if (from == until) return e + 1;
     const int64_t ldy = (p1 - p0) * PANEL;
-    const lane* h = call.pairs + (from - call.lists.tokens) * HL;
+    const lane* h = call.pairs + (part.place[e] + (from - start)) * HL;
     int64_t next = e + 1;
 #if AMX
     if (call.tiles && call.site.packed && SS >= TILE) {
         // Experts that all tokens run are summed on tiles, up to ALIKE of them, before their sums go to memory.
         constexpr int64_t ALIKE = 8;
-        const auto everywhere = [&](int64_t i) { return call.lists.count(i) == call.rows; };
-        while (next < std::min(E, e + ALIKE) && everywhere(e) && everywhere(next)) ++next;
+        while (next < std::min(E, e + ALIKE) && part.everywhere(e) && part.everywhere(next)) ++next;
         const lane* panel = packed_panel(call, e, p0, nullptr);
         const lane* after = panel + (next < E ? (next - e) * EXPERT_LANES : 0);
-        down_strip({h, HL, panel, PANEL, SS, next - e, call.rows * HL, EXPERT_LANES}, p1 - p0, until - from,
+        down_strip({h, HL, panel, PANEL, SS, next - e, part.rows * HL, EXPERT_LANES}, p1 - p0, until - from,
                    reinterpret_cast<const char*>(after), sums - t0 * ldy, from, ldy);
         return next;
     }
 #endif
-    while (next < E && call.lists.count(next) == 0) ++next;
+    while (next < E && part.count(next) == 0) ++next;
     for (int64_t p = p0; p < p1; ++p) {
         const lane* panel = packed_panel(call, e, p, own);
         const lane* after = panel + (call.site.packed && next < E ? (next - e) * EXPERT_LANES : 0);
@@ -144,32 +183,47 @@ int64_t down(const Call& call, int64_t e, int64_t p0, int64_t p1, int64_t t0, in
     return next;
 }
 
-void run_two_phase(Call& call, Team team) {
-    const auto [me, n] = team;
-    lane* gathered = call.gathered + me * call.own_lanes;
-    lane* own = call.unpacked + me * (UP_LANES + PANEL_LANES);
-    share_blocks(call, team, [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
+// Hidden values of a part's pairs, every thread those of its share of the blocks.
+void hidden_values(const Call& call, const Part& part, Team team) {
+    lane* gathered = call.gathered + team.me * call.own_lanes;
+    lane* own = call.unpacked + team.me * (UP_LANES + PANEL_LANES);
+    share_blocks(part, team, [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
         const lane* packed = packed_blocks(call, e, b0, b1, own);
         const lane* after = packed + (call.site.packed ? (next - e) * EXPERT_LANES : 0);
-        const int64_t start = call.lists.offsets[e], stop = call.lists.offsets[e + 1];
+        const int64_t start = part.first[e], stop = part.last[e];
         for (int64_t r = start; r < stop; r += call.rows_at_once()) {
             const int64_t m = std::min(call.rows_at_once(), stop - r);
-            up(call, e, r, m, packed, b0, b1, UP_LANES * 4, after, gathered,
-               reinterpret_cast<element*>(call.pairs + r * HL));
+            up(call, part, e, r, m, packed, b0, b1, UP_LANES * 4, after, gathered,
+               reinterpret_cast<element*>(call.pairs + (part.place[e] + r - start) * HL));
         }
     });
-    call.barrier.wait(n);
-    // Parts: a strip of panels and a range of tokens, so that many threads find work.
+}
+
+// Outputs of a part's tokens: a thread takes strips of panels, and ranges of tokens, so that many find work.
+void outputs(const Call& call, const Part& part, Team team) {
+    const auto [me, n] = team;
+    lane* own = call.unpacked + me * (UP_LANES + PANEL_LANES);
     const int64_t strips = ceil_div(NP, call.strip), splits = strips >= 4 * n ? 1 : ceil_div(4 * n, strips);
     float* sums = call.outputs + me * call.rows * call.strip * PANEL;
     for (int64_t i = strips * splits * me / n; i < strips * splits * (me + 1) / n; ++i) {
-        const int64_t p0 = i / splits * NP / strips, p1 = (i / splits + 1) * NP / strips, part = i % splits;
-        const int64_t t0 = call.rows * part / splits, t1 = call.rows * (part + 1) / splits;
+        const int64_t p0 = i / splits * NP / strips, p1 = (i / splits + 1) * NP / strips, split = i % splits;
+        const int64_t t0 = part.t0 + part.rows * split / splits, t1 = part.t0 + part.rows * (split + 1) / splits;
         const int64_t first = p0 * PANEL, ldy = (p1 - p0) * PANEL;
         std::fill(sums, sums + (t1 - t0) * ldy, 0.0f);
-        for (int64_t e = 0; e < E;) e = down(call, e, p0, p1, t0, t1, own + UP_LANES, sums);
+        for (int64_t e = 0; e < E;) e = down(call, part, e, p0, p1, t0, t1, own + UP_LANES, sums);
         const int64_t width = std::min<int64_t>(ldy, OUT - first);
         for (int64_t t = t0; t < t1; ++t) write_row(call, t, first, width, sums + (t - t0) * ldy);
+    }
+}
+
+void run_two_phase(Call& call, Team team) {
+    const int64_t parts = parts_of(call);
+    for (int64_t i = 0; i < parts; ++i) {
+        const Part part = part_of(call, call.rows * i / parts, call.rows * (i + 1) / parts);
+        if (i) call.barrier.wait(team.n);  // until the hidden values of the part before are read
+        hidden_values(call, part, team);
+        call.barrier.wait(team.n);
+        outputs(call, part, team);
     }
 }
 

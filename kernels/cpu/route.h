@@ -4,23 +4,24 @@
 
 namespace {
 
-template <bool ABS>
-INLINE void store_scores(const vf (&c)[2], element* to) {
-    for (int n = 0; n < 2; ++n) store_rounded(to + n * VL, ABS ? abs(c[n]) : relu(c[n]));
+// Which layer of the router is computed is known at run time only: tiles of it are compiled once for both.
+enum Layer { FIRST, SECOND };
+
+INLINE void store_scores(Layer layer, const vf (&c)[2], element* to) {
+    for (int n = 0; n < 2; ++n) store_rounded(to + n * VL, layer == SECOND ? abs(c[n]) : relu(c[n]));
 }
 
-template <int M, bool ABS>
+template <int M>
 __attribute__((noinline)) void router_tile(
-    const lane* a, int64_t lda, const lane* b, int64_t steps, element* to, int64_t ld) {
+    Layer layer, const lane* a, int64_t lda, const lane* b, int64_t steps, element* to, int64_t ld) {
     vf c[M][2] = {};
     product<M, 2>(a, lda, b, steps, {reinterpret_cast<const char*>(b) + 4096, 2 * VL * 4}, c);
-    for (int m = 0; m < M; ++m) store_scores<ABS>(c[m], to + m * ld);
+    for (int m = 0; m < M; ++m) store_scores(layer, c[m], to + m * ld);
 }
 
-// to = |A B| or relu(A B) for rows [r0, r1) and blocks [b0, b1) of 2 VL columns.
-template <bool ABS>
-void router_product(bool on_tiles, const lane* a, int64_t lda, int64_t r0, int64_t r1, const lane* b, int64_t steps,
-                    int64_t b0, int64_t b1, element* to, int64_t ld) {
+// to = relu(A B) of the first layer or |A B| of the second, for rows [r0, r1) and blocks [b0, b1) of 2 VL columns.
+void router_product(Layer layer, bool on_tiles, const lane* a, int64_t lda, int64_t r0, int64_t r1, const lane* b,
+                    int64_t steps, int64_t b0, int64_t b1, element* to, int64_t ld) {
     const int64_t rows = r1 - r0, tiles = ceil_div(rows, UP_M);
 #if AMX
     if (on_tiles && rows >= TILE) {
@@ -32,7 +33,7 @@ void router_product(bool on_tiles, const lane* a, int64_t lda, int64_t r0, int64
                 return Ahead{reinterpret_cast<const char*>(factors(j).b) + 4096, r ? 0 : 2 * VL * 4};
             };
             const auto write = [&](int64_t j, int64_t row, vf (&c)[2]) {
-                store_scores<ABS>(c, to + (r0 + row) * ld + (b0 + j) * 2 * VL);
+                store_scores(layer, c, to + (r0 + row) * ld + (b0 + j) * 2 * VL);
             };
             tile_products<m()>(rows, r, first, second, b1 - b0, factors, ahead, write);
         });
@@ -43,8 +44,8 @@ void router_product(bool on_tiles, const lane* a, int64_t lda, int64_t r0, int64
         for (int64_t i = 0, r = 0; i < tiles; ++i) {
             const int64_t next = rows * (i + 1) / tiles;
             with_rows<UP_M>(int(next - r), [&](auto m) {
-                router_tile<m(), ABS>(a + (r0 + r) * lda, lda, b + j * steps * 2 * VL, steps,
-                                      to + (r0 + r) * ld + j * 2 * VL, ld);
+                router_tile<m()>(layer, a + (r0 + r) * lda, lda, b + j * steps * 2 * VL, steps,
+                                 to + (r0 + r) * ld + j * 2 * VL, ld);
             });
             r = next;
         }
@@ -98,10 +99,10 @@ void route_hidden(Call& call, Team team, int64_t r0, int64_t r1) {
         call.barrier.wait(n);
     }
     if (rows >= int64_t(n) * (call.tiles ? TILE : UP_M)) {
-        router_product<false>(call.tiles, a, KS, r0, r1, first, KS, 0, RB, call.routed, RL * PER_LANE);
+        router_product(FIRST, call.tiles, a, KS, r0, r1, first, KS, 0, RB, call.routed, RL * PER_LANE);
     } else {
-        router_product<false>(call.tiles, a, KS, 0, rows, first, KS, RB * me / n, RB * (me + 1) / n, call.routed,
-                              RL * PER_LANE);
+        router_product(FIRST, call.tiles, a, KS, 0, rows, first, KS, RB * me / n, RB * (me + 1) / n, call.routed,
+                       RL * PER_LANE);
         call.barrier.wait(n);
     }
 }
@@ -114,7 +115,7 @@ void route(Call& call, Team team) {
     if (!call.given) route_hidden(call, team, r0, r1);
     const lane* hidden = as_lanes(call.given ? call.given : call.routed);
     const lane* second = site.router + RB * KS * 2 * VL;
-    router_product<true>(call.tiles, hidden, RL, r0, r1, second, RS, 0, EB, call.scores, EP);
+    router_product(SECOND, call.tiles, hidden, RL, r0, r1, second, RS, 0, EB, call.scores, EP);
     int32_t* counts = call.counts + me * E;
     std::fill(counts, counts + E, 0);
     for (int64_t r = r0; r < r1; ++r) {

@@ -4,6 +4,7 @@
 
 #include <omp.h>
 #include <sched.h>
+#include <unistd.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -72,6 +73,15 @@ struct Site {
 };
 
 enum Status : int64_t { RAN = 0, NO_MEMORY = 1, WANTS_PACKED = 2, WANTS_INT8 = 3 };
+
+// Bytes of the second-level cache of a core; 1 MB where the system does not say.
+inline int64_t cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) return found;
+#endif
+    return int64_t(1) << 20;
+}
 
 struct Barrier {
     std::atomic<int> arrived{0}, turn{0};
