@@ -34,7 +34,7 @@ from d2dcompile.tiles import Tile
 pytestmark = pytest.mark.triton
 COPIED = {name: replace(spec, int8=True) for name, spec in SPECS.items()}
 COPIED["odd"] = GpuSpec(97, 35, 3, 7, True, "silu(gate) * up", int8=True)
-LOSS = 0.015  # relative error of w8a16 on random weights; measured: .005 to .011
+LOSS = 0.015  # relative error of w8a16 on random weights; measured: .008 to .010
 BOUNDED = settings(max_examples=4, deadline=None)
 shares = st.sampled_from(["none", "all", "one expert", 0.1, 0.5])
 
