@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="auto", help="cpu, cuda, or auto (the default): a GPU if there is one"
     )
     tune.add_argument(
+        "--int8", action="store_true", help="also for few tokens on int8 copies; GPUs only"
+    )
+    tune.add_argument(
         "--precompile-only", action="store_true", help="compile GPU kernels, measure nothing"
     )
     tune.add_argument(
@@ -162,8 +165,9 @@ def _tune(given: argparse.Namespace) -> int:
         return _precompile(given)
     target, dtypes = _target(given)
     found = tuning.tune(
-        target, device=given.device, dtypes=dtypes, effort=given.effort, budget=given.budget
-    )
+        target, device=given.device, dtypes=dtypes, effort=given.effort, budget=given.budget,
+        int8=given.int8,
+    )  # fmt: skip
     entries = [e for held in found.values() for e in (held if isinstance(held, list) else [held])]
     print_entries(entries, given.json)
     print(f"kept in {path}", file=sys.stderr)
@@ -177,7 +181,7 @@ def _precompile(given: argparse.Namespace) -> int:
     target, dtypes = _target(given)
     done = [
         precompile(spec, load, given.architecture, given.effort)
-        for spec in gpu_tuning.specs_of(target, dtypes)
+        for spec in gpu_tuning.specs_of(target, dtypes, given.int8)
         for load in gpu_tuning.loads(spec, given.effort)
     ]
     print_compiled(done, given.json)

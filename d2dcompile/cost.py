@@ -55,9 +55,9 @@ def decode_time(gpu: Gpu, block: Block, load: Load) -> float:
 
     Every token is multiplied with every expert of the union, without tensor cores.
     """
-    weights = load.used * (block.up_bytes + block.down_bytes)
+    weights = load.used * sum(block.streamed)
     rate = gpu.rate("fp32", gpu.dense_fraction)
-    flops = 2 * load.tokens * weights / block.value
+    flops = 2 * load.tokens * load.used * (block.up_bytes + block.down_bytes) / block.value
     values = load.tokens * (block.d + block.out) * block.value
     return router_time(gpu, block, load) + kernel_time(
         gpu, dram=weights + values, flops=flops, rate=rate
@@ -70,15 +70,14 @@ def union_time(gpu: Gpu, block: Block, load: Load) -> float:
     rate = gpu.rate(block.dtype, gpu.moe_fraction)
     neurons = tokens * used * block.hidden
     x, h, y = (n * block.value for n in (tokens * block.d, neurons, tokens * block.out))
+    of_up, of_down = block.streamed
     up = kernel_time(
         gpu,
-        dram=used * block.up_bytes + x + h,
+        dram=used * of_up + x + h,
         flops=2 * neurons * block.d * block.ups,
         rate=rate,
     )
-    down = kernel_time(
-        gpu, dram=used * block.down_bytes + h + y, flops=2 * neurons * block.out, rate=rate
-    )
+    down = kernel_time(gpu, dram=used * of_down + h + y, flops=2 * neurons * block.out, rate=rate)
     return router_time(gpu, block, load) + up + down
 
 

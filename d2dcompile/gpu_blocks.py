@@ -21,6 +21,7 @@ class GpuSpec:
         d, out: features of the block's input and output. experts, size: E experts of F neurons.
         gated, activation: as of a Site.
         dtype: "bf16", "fp16" or "fp32". precision: "ieee" or "tf32", how fp32 is multiplied.
+        int8: whether the strategy "decode" reads int8 copies of the weights (kernels/int8.py).
     """
 
     d: int
@@ -31,15 +32,21 @@ class GpuSpec:
     activation: str
     precision: str = "ieee"
     dtype: str = "bf16"
+    int8: bool = False
 
     def __str__(self) -> str:
-        kind = "gated" if self.gated else "plain"
-        return f"{kind} {self.d} -> {self.experts} x {self.size} -> {self.out} {self.dtype}"
+        kind, dtype = "gated" if self.gated else "plain", self.dtype + " int8" * self.int8
+        return f"{kind} {self.d} -> {self.experts} x {self.size} -> {self.out} {dtype}"
 
     @property
     def itemsize(self) -> int:
         """Bytes of a value."""
         return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def streamed(self) -> int:
+        """Bytes of a weight that the strategy "decode" reads."""
+        return 1 if self.int8 else self.itemsize
 
     def possible(self, load: Load) -> Load:
         """The load, or of one expert a token if it says less: the one with the largest score always runs."""
@@ -52,7 +59,7 @@ class GpuSpec:
         """The block as the cost model sees it."""
         dtype = "tf32" if self.precision == "tf32" else self.dtype
         hidden = self.experts * self.size
-        return Block(self.d, self.out, hidden, self.experts, router, self.gated, dtype)
+        return Block(self.d, self.out, hidden, self.experts, router, self.gated, dtype, self.int8)
 
 
 @dataclass(frozen=True)

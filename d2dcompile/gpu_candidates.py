@@ -9,7 +9,7 @@ from math import ceil
 
 from . import cost
 from .gpu_blocks import FEW, GpuSchedule, GpuSpec, chunks
-from .gpu_defaults import default, gemms, of_strategy, turned
+from .gpu_defaults import default, gemms, of_strategy, turned, up_tile
 from .gpus import H100, Gpu
 from .load import Load
 from .tiles import Tile, candidates, estimate
@@ -17,6 +17,7 @@ from .tiles import Tile, candidates, estimate
 TILES = 6  # of each product that are combined with those of the other
 NEURONS, WARPS, SPLITS, PROGRAMS = (4, 8, 16), (4, 8, 16), (4, 8, 16), (1, 2, 4)  # of one token
 WEIGHT_ROWS = (16, 64)  # of a program for few tokens: mma.sync, wgmma
+INT8_ROWS = (16, 32, 64)  # of int8 weights
 TMA = ("sm_90", "sm_100")
 ALIGNED = 16  # bytes that a weight's rows have to be a multiple of, to be read by descriptors
 
@@ -74,9 +75,9 @@ def _decode(spec: GpuSpec, load: Load) -> Iterator[GpuSchedule]:
                 up = replace(plain.up, block_n=neurons, warps=warps)
                 yield replace(plain, up=up, splits=splits, per_multiprocessor=programs)
         return
-    for neurons, stages, splits, programs in product(WEIGHT_ROWS, (3, 4), SPLITS, PROGRAMS):
-        inner = plain.up.block_k if neurons == 16 else plain.up.block_k // 4
-        up = replace(plain.up, block_n=neurons, block_k=max(16, inner), stages=stages)
+    rows = INT8_ROWS if spec.int8 else WEIGHT_ROWS
+    for neurons, stages, splits, programs in product(rows, (3, 4), SPLITS, PROGRAMS):
+        up = replace(up_tile(spec, neurons, plain.up.block_m), stages=stages)
         yield replace(plain, up=up, splits=splits, per_multiprocessor=programs)
 
 

@@ -13,7 +13,7 @@ from .load import Load
 from .tiles import LINE, Gemm, Tile, default_tile, down_gemm, up_gemm
 
 SWAP_BELOW = 64  # rows an expert: wgmma needs 64 rows of its first operand
-WHOLE = 1 << 15  # values of a weight that a program of the one-token kernel holds at once
+WHOLE = 1 << 16  # bytes of a weight that a program of the one-token kernel holds at once
 
 
 def default(spec: GpuSpec, load: Load, gpu: Gpu, dense: bool = True) -> GpuSchedule:
@@ -61,17 +61,42 @@ def _decode(spec: GpuSpec, load: Load, gpu: Gpu) -> GpuSchedule:
         columns = Tile(1, 128, min(128, padded(spec.size)), 8, 1)
         whole = Tile(1, neurons, padded(spec.d), 8, 1)
         return GpuSchedule("decode", whole, columns, per_multiprocessor=programs)
-    tokens, block = padded(load.tokens), spec.block()
-    neurons = _neurons(spec, load, gpu)
-    line = LINE // spec.itemsize
-    inner = min(64 // neurons * line, padded(spec.d))
-    up = replace(up_gemm(block, load), swapped=True)
-    down = Tile(tokens, 128, min(line, padded(spec.size)), 4, 3)
+    tokens = padded(load.tokens)
+    neurons = 32 if spec.int8 and spec.size % 32 == 0 else _neurons(spec, load, gpu)
+    up, down = up_tile(spec, neurons, tokens), down_tile(spec, tokens)
+    of_up, of_down = (
+        replace(of(spec.block(), load), swapped=first, int8=spec.int8)
+        for of, first in ((up_gemm, True), (down_gemm, spec.int8))
+    )
     return GpuSchedule(
         "decode",
-        turned(_fitting(gpu, up, Tile(neurons, tokens, inner, 4, 4)), True),
-        _fitting(gpu, down_gemm(block, load), down),
+        turned(_fitting(gpu, of_up, turned(up, True)), True),
+        turned(_fitting(gpu, of_down, turned(down, spec.int8)), spec.int8),
+        per_multiprocessor=4 if spec.int8 else 2,
     )
+
+
+def up_tile(spec: GpuSpec, neurons: int, tokens: int) -> Tile:
+    """A tile of few tokens and so many neurons: a line of each row of a weight, more of few rows.
+
+    Tiles of int8 have fewer rows and warps: mma.sync, 16 rows a warp, takes 8 of them from shared memory
+    at once where wgmma takes 2, and twice as many instructions become too many for memory's pace.
+    """
+    line = LINE // spec.itemsize
+    if not spec.int8 or neurons >= 64:
+        return Tile(tokens, neurons, min(64 // neurons * line, padded(spec.d)), 4, 4)
+    inner, warps = (line, 4) if spec.dtype == "fp32" else (LINE, 2)
+    return Tile(tokens, neurons, min(inner, padded(spec.d)), warps, 4)
+
+
+def down_tile(spec: GpuSpec, tokens: int) -> Tile:
+    """A tile of few tokens and the columns of the output that a program makes."""
+    line = LINE // spec.itemsize
+    if not spec.int8:
+        return Tile(tokens, 128, min(line, padded(spec.size)), 4, 3)
+    if spec.dtype == "fp32":
+        return Tile(tokens, 32, min(line, padded(spec.size)), 4, 3)
+    return Tile(tokens, 64, min(LINE, padded(spec.size)), 2, 3)
 
 
 def _even(spec: GpuSpec, load: Load, gpu: Gpu) -> tuple[int, int]:
@@ -79,7 +104,7 @@ def _even(spec: GpuSpec, load: Load, gpu: Gpu) -> tuple[int, int]:
 
     Of equally even ones those with the most bytes on their way, which is what bandwidth takes.
     """
-    most = max(1, min(8, WHOLE // padded(spec.d)))
+    most = max(1, min(8, WHOLE // spec.streamed // padded(spec.d)))
     used = max(1.0, spec.experts * load.used)
     found = []
     for neurons, programs in product({most, max(1, most // 2)}, (2, 1)):

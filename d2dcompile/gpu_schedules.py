@@ -154,8 +154,8 @@ def _entry(item: Any) -> GpuEntry:
     whole = (*sizes, given["rows"], schedule.per_multiprocessor, *asdict(up).values())
     if any(type(n) is not int or n < 1 for n in (*whole, *asdict(down).values())):
         raise ValueError("sizes, tiles and buckets have to be integers from 1 on")
-    if any(type(flag) is not bool for flag in (spec.gated, schedule.swap, schedule.tma)):
-        raise ValueError("gated, swap and tma have to be true or false")
+    if any(type(flag) is not bool for flag in (spec.gated, spec.int8, schedule.swap, schedule.tma)):
+        raise ValueError("gated, int8, swap and tma have to be true or false")
     held = min(up.block_m, schedule.down.block_m, FEW)
     if schedule.strategy == "decode" and given["tokens"] > held:
         raise ValueError(

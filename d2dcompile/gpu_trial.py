@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from .kernels.aot import compile_all
 from .kernels.dispatch import dispatch
 from .kernels.expert_mlp import expert_mlp
 from .kernels.expert_mlp.call import NAMES, Call, launches, scalar_count
+from .kernels.int8 import Copy, copy_of, weights_of
 from .kernels.launching import Launched
 from .kernels.native import SLABS
 from .kernels.resources import Resources
@@ -55,10 +56,11 @@ class DeviceBench:
         self.gpu: Gpu = gpu_of(device)
         self.dtype = next(dtype for dtype, name in NAMES.items() if name == spec.dtype)
         neuron = spec.d * (2 if spec.gated else 1) + spec.out
-        size = neuron * spec.experts * spec.size * spec.itemsize
+        size = neuron * spec.experts * spec.size * spec.streamed
         copies = max(1, min(MOST_COPIES, -(-COLD * self.gpu.l2 // size)))
         self.copies = copies if device.type == "cuda" else 1
         self.weights = [self._weights(seed) for seed in range(self.copies)]
+        self.int8 = [self._int8(weights) if spec.int8 else None for weights in self.weights]
         count = scalar_count(spec.activation)
         self.scalars = [torch.ones((), device=device, dtype=self.dtype)] * count
         self.masks = [self._mask(masks, seed).to(device) for seed in range(self.copies)]
@@ -87,6 +89,11 @@ class DeviceBench:
         held["w_down"] = self._normal((hidden, spec.out), 1 / math.sqrt(hidden), draw)
         return held
 
+    def _int8(self, weights: Mapping[str, Tensor | None]) -> Copy:
+        w_up, w_gate, w_down = (weights[name] for name in SLABS[:3])
+        assert w_up is not None and w_down is not None
+        return copy_of(w_up, w_gate, w_down, self.spec.experts)
+
     def refused(self, schedules: Sequence[GpuSchedule]) -> list[str | None]:
         """Kernels that do not compile, spill, or serialise; compiled side by side, for this device."""
         if self.device.type != "cuda":
@@ -102,7 +109,10 @@ class DeviceBench:
             return f"it does not run ({type(raised).__name__}: {str(raised)[:200]})"
         mask = self.masks[0] if schedule.strategy != "dense" else self.masks[0] | True
         some = torch.linspace(0, len(y) - 1, min(len(y), CHECKED)).long().to(self.device)
-        exact, eager = (self._meaning(mask[some], some, t) for t in (torch.float64, self.dtype))
+        int8 = self.int8[0] if schedule.strategy == "decode" else None
+        exact, eager = (
+            self._meaning(mask[some], some, dtype, int8) for dtype in (torch.float64, self.dtype)
+        )
         if not y.isfinite().all():
             return "its output is not finite"
         error, allowed = ((t.double() - exact).norm() for t in (y[some], eager))
@@ -111,8 +121,11 @@ class DeviceBench:
             return f"its error is {float(error):.1e}, plain PyTorch's {float(allowed):.1e}"
         return None
 
-    def _meaning(self, mask: Tensor, some: Tensor, dtype: torch.dtype) -> Tensor:
-        weights = [None if w is None else w.to(dtype) for w in self.weights[0].values()]
+    def _meaning(self, mask: Tensor, some: Tensor, dtype: torch.dtype, int8: Copy | None) -> Tensor:
+        held = self.weights[0]
+        if int8 is not None:
+            held = {**held, **dict(zip(SLABS, weights_of(int8, dtype), strict=False))}
+        weights = [None if w is None else w.to(dtype) for w in held.values()]
         scalars = [s.to(dtype) for s in self.scalars]
         lists, x = dispatch.meaning(mask), self.x[some].to(dtype)
         found: Tensor = expert_mlp.meaning(x, *lists, *weights, None, scalars, self.spec.activation)
@@ -121,7 +134,7 @@ class DeviceBench:
     def _call(self, copy: int, schedule: GpuSchedule, y: Tensor) -> Callable[[], object]:
         def once() -> None:
             weights, lists = self.weights[copy], self.lists[copy]
-            call = Call(self.spec, self.x, lists, weights, self.scalars, y)
+            call = Call(self.spec, self.x, lists, weights, self.scalars, y, self.int8[copy])
             with devices.on(self.device):
                 call.run(schedule)
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .attachment import attached
 from .errors import TuningError
-from .gpu_blocks import GpuSchedule, GpuSpec
+from .gpu_blocks import FEW, GpuSchedule, GpuSpec
 from .gpu_candidates import modelled, ranked, text
 from .gpu_defaults import default
 from .gpu_schedules import GpuEntry, Where, bucket, key
@@ -119,7 +119,7 @@ class Search:
     def roofline(self) -> float:
         """Seconds that the chosen experts take at the device's reached bandwidth and arithmetic."""
         gpu, block, load = self.bench.gpu, self.spec.block(), self.load
-        weights = load.used * (block.up_bytes + block.down_bytes)
+        weights = load.used * sum(block.streamed)
         values = load.tokens * (block.d + block.out) * BYTES[block.dtype]
         pairs = load.tokens * load.share * block.hidden
         flops = 2 * pairs * (block.ups * block.d + block.out)
@@ -152,10 +152,17 @@ class ModelBench:
         return found
 
 
-def specs_of(target: Target, dtypes: Sequence[torch.dtype] = ()) -> list[GpuSpec]:
-    """The distinct kinds of blocks of a target on GPUs, see `targets.kinds_of`; of a conversion in bf16."""
+def specs_of(
+    target: Target, dtypes: Sequence[torch.dtype] = (), int8: bool = False
+) -> list[GpuSpec]:
+    """The distinct kinds of blocks of a target on GPUs, see `targets.kinds_of`; of a conversion in bf16.
+
+    int8: whether each comes with int8 copies for few tokens too.
+    """
     found = kinds_of(target, dtypes, tuple(NAMES), [torch.bfloat16])
-    return list(dict.fromkeys(of_native(spec, dtype) for spec, dtype in found))
+    ways = (False, True) if int8 else (False,)
+    every = (of_native(spec, dtype, way) for spec, dtype in found for way in ways)
+    return list(dict.fromkeys(every))
 
 
 def masks_of(
@@ -173,9 +180,10 @@ def masks_of(
     found: dict[GpuSpec, list[Tensor]] = {}
     for state in attached(target):
         dtype = state.weight("down").dtype
-        spec = of_native(native.spec_of(state.experts, dtype), dtype)
-        if spec in wanted and state.site.name in recorded:
-            found.setdefault(spec, []).append(recorded[state.site.name])
+        for int8 in (False, True):
+            spec = of_native(native.spec_of(state.experts, dtype), dtype, int8)
+            if spec in wanted and state.site.name in recorded:
+                found.setdefault(spec, []).append(recorded[state.site.name])
     return {spec: torch.cat(parts) for spec, parts in found.items()}
 
 
@@ -233,8 +241,13 @@ def _bench(
 
 
 def loads(spec: GpuSpec, effort: str, masks: Mapping[GpuSpec, Tensor] | None = None) -> list[Load]:
-    """The loads that a run covers: numbers of tokens, executed shares, and the union they lead to."""
+    """The loads that a run covers: numbers of tokens, executed shares, and the union they lead to.
+
+    With int8 copies those of few tokens, since no others read them.
+    """
     tokens, shares = LOADS[effort]
+    if spec.int8:
+        tokens = tuple(n for n in tokens if n <= FEW)
     recorded = None if masks is None else masks.get(spec)
     if recorded is None:
         every = [spec.possible(Load(n, share)) for share in shares for n in tokens]

@@ -12,10 +12,14 @@ from .gpus import BYTES
 if TYPE_CHECKING:
     from .kernels.native import Spec
 
+SCALE = 4  # bytes
+
 
 @dataclass(frozen=True)
 class Block:
     """Sizes of a block: d, out features; hidden neurons in experts; the router's width; see `gpus.BYTES`.
+
+    int8: whether few tokens read an int8 copy of the weights, with a scale a row.
 
     Raises TuningError for sizes that are not a block.
     """
@@ -27,6 +31,7 @@ class Block:
     router: int
     gated: bool
     dtype: str = "bf16"
+    int8: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.d, self.out, self.hidden, self.experts, self.router)
@@ -64,6 +69,13 @@ class Block:
     @property
     def down_bytes(self) -> int:
         return self.hidden * self.out * self.value
+
+    @property
+    def streamed(self) -> tuple[int, int]:
+        """Bytes of up and down matrices as few tokens read them."""
+        if not self.int8:
+            return self.up_bytes, self.down_bytes
+        return self.ups * self.hidden * (self.d + SCALE), self.hidden * (self.out + SCALE)
 
 
 def union_share(share: float, tokens: int) -> float:

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence, Set
 import torch
 
 from .errors import D2DWarning
+from .gpu_blocks import FEW
 from .gpu_candidates import text as spelt
 from .gpu_schedules import choose
 from .kernels import build, native
 from .kernels.base import requested
 from .kernels.device import has_triton
 from .kernels.dynamic_mlp import cpu
-from .kernels.expert_mlp.call import of_native
+from .kernels.expert_mlp.call import NAMES, of_native, source_or_none
+from .kernels.expert_mlp.gpu import MOST_EXPERTS
 from .kernels.router_hidden import cpu as router_hidden
 from .load import Load
 from .passes import Match
@@ -26,6 +28,7 @@ from .state import State
 log = logging.getLogger(__name__)
 BLOCK = {"dynamic_mlp": {"gate", "dispatch", "expert_mlp"}}  # op and what it does
 ROUTED = {"route": {"gate", "dispatch"}}
+COPIED = {"expert_mlp_int8": {"expert_mlp"}}
 REPORTED = (1, 64, 4096)  # tokens of a call that a report names the schedules of
 
 
@@ -39,8 +42,8 @@ def lower(
     """What stands for each site in the rewritten graph, by name; kernels for CPUs are built in parallel.
 
     matches: converted matches of one graph, with their attached states by site name. packs: whether
-    kernels may keep a copy of the weights; int8: whether one token runs on an int8 copy. inductor:
-    whether Inductor compiles the graph.
+    kernels may keep a copy of the weights; int8: whether one token, on GPUs few, runs on an int8 copy.
+    inductor: whether Inductor compiles the graph.
     """
     forms: dict[str, Form] = {found.site.name: "ops" for found in matches}
     chosen: dict[str, State] = {}
@@ -52,9 +55,13 @@ def lower(
         reason = _chosen_otherwise(state)
         if _on_gpu(state):
             if reason is None and _requested(ROUTED) is None:
-                forms[found.site.name] = "routed"
+                reason = _no_int8(found, state) if int8 else "it is not asked for"
+                forms[found.site.name] = "routed" if reason else "int8"
+                if int8 and reason:
+                    log.info("site %s runs without int8: %s", found.site.name, reason)
             continue
-        reason = reason or _requested(BLOCK) or _unsuited(found, state) or _no_kernel(state)
+        reason = reason or _requested(BLOCK) or _unsuited(found, state) or _scalars(found)
+        reason = reason or _no_kernel(state)
         if reason is None:
             chosen[found.site.name] = state
         else:
@@ -66,11 +73,12 @@ def lower(
     for name, block in blocks.items():
         if int(block.record[0]):
             forms[name] = "record"
-    left = [name for name, form in forms.items() if form not in ("record", "learning")]
+    left = [name for name, form in forms.items() if form not in ("record", "int8", "learning")]
     if int8 and left and not torch.is_grad_enabled():
         warnings.warn(
             f"int8=True has no effect on {len(left)} of {len(forms)} blocks ({', '.join(left[:3])}"
-            f"{', ...' if len(left) > 3 else ''}): only CPU kernels have int8 weights.",
+            f"{', ...' if len(left) > 3 else ''}): no kernel with int8 weights runs them; "
+            "log d2dcompile.lowering says why.",
             D2DWarning,
             stacklevel=2,
         )
@@ -103,12 +111,18 @@ def running(state: State) -> str:
 def _on_gpu_text(state: State) -> str:
     """Which schedules a site's Triton kernels follow at the share that is expected, dense ones among them."""
     weight, share = state.weight("down"), state.expected_share()
-    spec = of_native(_spec(state), weight.dtype)
-    chosen = {n: choose(spec, Load(n, share), weight.device, dense=True) for n in REPORTED}
+    copied = state.int8_bytes
+    chosen = {}
+    for n in REPORTED:
+        spec = of_native(_spec(state), weight.dtype, int8=bool(copied) and n <= FEW)
+        chosen[n] = choose(spec, Load(n, share), weight.device, dense=True)
     listed = "; ".join(f"{n} tokens: {spelt(schedule)}" for n, schedule in chosen.items())
     apart = _chosen_otherwise(state) or _requested(ROUTED)
     routing = f"routing as separate ops, since {apart}; " if apart else ""
-    return f"{routing}Triton kernels, an executed share of {share:.2f} being expected; {listed}"
+    int8 = f"; decode on int8 copies of {copied / 1e6:.1f} MB" if copied else ""
+    return (
+        f"{routing}Triton kernels, an executed share of {share:.2f} being expected; {listed}{int8}"
+    )
 
 
 def _on_gpu(state: State) -> bool:
@@ -144,15 +158,31 @@ def _no_kernel(state: State) -> str | None:
     return native.refusal(_spec(state), {name: operands.get(name) for name in native.SLABS})
 
 
+def _no_int8(found: Match, state: State) -> str | None:
+    """Why few tokens of a site on a GPU cannot run on an int8 copy of its weights, or None if they can."""
+    reason = _unsuited(found, state) or _requested(COPIED)
+    if reason is not None:
+        return reason
+    first, *others = (state.weight(role).dtype for role in state.site.params)
+    if first not in NAMES or any(dtype != first for dtype in others):
+        return "its weights are not all of one dtype that GPU kernels have"
+    spec = of_native(_spec(state), first)
+    if spec.experts > MOST_EXPERTS or source_or_none(spec) is None:
+        return "no Triton kernel runs its experts"
+    return None
+
+
+def _scalars(found: Match) -> str | None:
+    return "its activation has learnable scalars" if found.scalars else None
+
+
 def _unsuited(found: Match, state: State) -> str | None:
-    """Why a converted site cannot be one call in this graph, or None if it can."""
+    """Why kernels for inference on a site's own weights cannot run it in this graph, or None if they can."""
     weights = state.weight("down").dtype
     if torch.is_grad_enabled():
         return "gradients are recorded"
     if found.noise is not None:
         return "it has active dropout inside"
-    if found.scalars:
-        return "its activation has learnable scalars"
     if found.dtype not in (None, weights) or dtype_of(found.x) not in (None, weights):
         return "its input is computed in another dtype than its weights"
     return None

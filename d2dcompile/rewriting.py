@@ -14,7 +14,7 @@ from .capture import Body, Captured, from_graph_module
 from .errors import NoConversionError
 from .ir import Conversion, Miss
 from .passes import Match, match_all, rules
-from .passes.forms import Choice, Form, operand_names
+from .passes.forms import ROUTED, Choice, Form, operand_names
 from .passes.insert_moe import Inserted, insert_moe
 from .passes.share_routing import Shares, same_inputs
 from .passes.verify import verify
@@ -103,8 +103,9 @@ def shared(
 ) -> Shares:
     """Which matches share a first router layer in a graph: those that read one x and hold one router1.
 
-    Both have to have one form, and one in which that layer stands by itself: the form "routed" has none
-    (its kernels read x once for both layers), the form "record" where rows need no padding.
+    Both have to have one form, and one in which that layer stands by itself: the forms "routed" and
+    "int8" have none (their kernels read x once for both layers), the form "record" where rows need no
+    padding.
     """
     kinds = [forms.get(found.site.name, "ops") for found in matches]
 
@@ -113,10 +114,10 @@ def shared(
             return False
         if kinds[later] == "record":
             return states[first].shareable and states[later].shareable
-        if kinds[later] == "routed":
+        if kinds[later] in ROUTED:
             name = matches[later].site.name
             log.info("site %s routes by itself: its Triton kernel computes both layers", name)
-        return kinds[later] != "routed"
+        return kinds[later] not in ROUTED
 
     widths = tuple(state.experts.plan.router_width for state in states)
     return Shares(same_inputs(matches, alike), widths)

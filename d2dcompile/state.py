@@ -22,6 +22,7 @@ from .kernels import native
 from .kernels.dynamic_mlp import Prepared, cpu
 from .kernels.expert_mlp.gpu import EXPECTED
 from .kernels.gate import tau_bits
+from .kernels.int8 import Copy, copy_of
 from .kernels.router_hidden import Layer
 from .kernels.router_hidden.cpu import shareable
 from .layout import digest, slabs
@@ -67,6 +68,7 @@ class State:
         self.applied: float | None = None  # the tau option that a backend has set already
         self._prepared: dict[tuple[bool, bool], tuple[Any, Prepared]] = {}
         self._layers: dict[tuple[int, ...], Layer] = {}
+        self._int8: tuple[Any, Copy] | None = None
         self.forced: Tensor | None = None  # see force_masks
         self.schedule = Schedule()
         self.learning: Learning | None = None  # see d2dcompile.finetuning
@@ -201,9 +203,12 @@ class State:
     def operands(self, form: Form = "ops") -> tuple[Tensor, ...]:
         """What the inserted nodes take, in the order of `operand_names`; views of the live weights.
 
+        With the form "int8" their copy besides, which graphs that record gradients have no operands for.
         While gradients are recorded the views are made anew, so that they lead back to the weights, and
         while the router learns, since copies of it in another dtype would not.
         """
+        if form == "int8":
+            return (*self.operands(), *(part for part in self.int8_copy() if part is not None))
         live = torch.is_grad_enabled() and any(
             self.weight(role).requires_grad for role in self._weights
         )
@@ -217,6 +222,16 @@ class State:
             self._expect(self.expected_share())
         cached: tuple[Tensor, ...] = self._cache["operands"]
         return cached
+
+    def int8_copy(self) -> Copy:
+        """The int8 copy of the slabs that GPU kernels stream for few tokens, made anew as weights change."""
+        key = self.fingerprint()
+        if self._int8 is None or self._int8[0] != key:
+            self._int8 = None  # frees the old one first
+            named = slabs(self.site, {role: self.weight(role) for role in self._weights})
+            matrices = named["w_up"], named.get("w_gate"), named["w_down"]
+            self._int8 = key, copy_of(*matrices, self.experts.plan.experts)
+        return self._int8[1]
 
     def _expect(self, share: float | None) -> None:
         """Tell GPU kernels which executed share to expect, or with None to run what lists say and no more.
@@ -301,8 +316,9 @@ class State:
         self.release()
 
     def release(self) -> None:
-        """Drop what was made for kernels: records and packed copies."""
+        """Drop what was made for kernels: records, packed copies and int8 ones."""
         self._expect(None)
+        self._int8 = None
         self._prepared.clear()
         self._layers.clear()
         self._cache.clear()
@@ -312,7 +328,12 @@ class State:
         """Bytes of the copies of the weights that kernels keep, 0 where they keep none."""
         blocks = [block for _, block in self._prepared.values()]
         copies = [copy for block in blocks for copy in (block.packed, block.quantised)]
-        return sum(copy.nbytes for copy in copies if copy is not None)
+        return self.int8_bytes + sum(copy.nbytes for copy in copies if copy is not None)
+
+    @property
+    def int8_bytes(self) -> int:
+        """Bytes of the int8 copy that GPU kernels stream, 0 without one."""
+        return 0 if self._int8 is None else self._int8[1].nbytes
 
     def _operands(self, *, detach: bool, form: Form = "ops") -> tuple[Tensor, ...]:
         weights = {role: self.weight(role) for role in self._weights}

@@ -46,6 +46,7 @@ class Gemm:
     outputs: int = 1
     dtype: str = "bf16"
     swapped: bool = False
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if self.rows <= 0 or self.groups <= 0 or min(self.n, self.k, self.outputs) < 1:
@@ -82,12 +83,12 @@ class Tile:
 
     def step(self, gemm: Gemm) -> int:
         """Bytes of one buffer: a step's values of both operands."""
-        rows, columns = self.block_m, self.block_n
+        rows, weights = self.block_m, self.block_n
         if gemm.swapped:
-            rows *= gemm.outputs
-        else:
-            columns *= gemm.outputs
-        return (rows + columns) * self.block_k * BYTES[gemm.dtype]
+            rows, weights = weights, rows
+        value = BYTES[gemm.dtype]
+        of_weights = weights * gemm.outputs * (1 if gemm.int8 else value)
+        return (rows * value + of_weights) * self.block_k
 
     def shared(self, gpu: Gpu, gemm: Gemm) -> int:
         """Bytes of shared memory of a CTA, exact for two stages or more.

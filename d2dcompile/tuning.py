@@ -180,6 +180,7 @@ def tune(
     effort: str = "quick",
     budget: float = 120.0,
     progress: bool = True,
+    int8: bool = False,
 ) -> dict[Spec, Entry] | dict[GpuSpec, list[GpuEntry]]:
     """Measure the kernels of all kinds of blocks and keep the fastest schedules for later runs.
 
@@ -188,7 +189,8 @@ def tune(
     with; GPU kernels are then tuned on the experts that it chooses, else on random masks. dtypes: see
     `specs_of`; on a GPU bf16 for a conversion. effort: "quick" or "full", how many numbers of tokens and
     repeats. budget: seconds, shared out among the kinds; what it does not reach, and what other processes
-    disturbed, keeps the default.
+    disturbed, keeps the default. int8: on a GPU, whether few tokens on int8 copies are tuned too, for models
+    compiled with that option; a CPU's copies have nothing to tune.
 
     Results are stored per user (`store.folder`) as each kind is done, and used by models compiled
     from then on.
@@ -197,7 +199,7 @@ def tune(
     """
     where = device_of(target, device)
     if where.type == "cuda":
-        kinds = gpu_tuning.specs_of(target, dtypes)
+        kinds = gpu_tuning.specs_of(target, dtypes, int8)
         if not kinds:
             raise TuningError("There is no kind of block to tune; expected at least one.")
         masks = None if batches is None else gpu_tuning.masks_of(target, batches, kinds)

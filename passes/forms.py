@@ -8,9 +8,11 @@ from typing import Literal
 from ..ir import Site
 from ..kernels.native import SLABS
 
-Form = Literal["ops", "routed", "record", "learning"]
-"""What stands for a site: router, gate, dispatch and experts; route and experts; one op with a record; or
-the first with gradients for routers."""
+Form = Literal["ops", "routed", "int8", "record", "learning"]
+"""What stands for a site: router, gate, dispatch and experts; route and experts; the same with int8 copies of
+the slabs besides; one op with a record; or the first with gradients for routers."""
+ROUTED: tuple[Form, ...] = ("routed", "int8")  # by one op
+COPIED = ("q_up", "q_gate", "q_down", "scales", "unit")  # see kernels.int8.Copy
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ BY_TAU = Choice()  # the default
 def operand_names(
     site: Site, form: Form = "ops", follows: bool = False, leads: bool = False
 ) -> tuple[str, ...]:
-    """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs.
+    """Which operands a site's nodes take, in order: router1, router2, tau, then present slabs,
+    with the form "int8" then their copy.
 
     The form "record" takes a record only, the form "learning" aims too. follows: whether the site shares
     the first router layer of an earlier one, and so takes no router1. leads: whether others share its own,
@@ -51,7 +54,9 @@ def operand_names(
             present.add(f"b_{role}")
     aims = ("aims",) if form == "learning" else ()
     first = () if follows else ("router1",)
-    return (*first, "router2", "tau", *aims, *(name for name in SLABS if name in present))
+    copied = [name for name in COPIED if name != "q_gate" or site.kind == "glu"]
+    after = copied if form == "int8" else ()
+    return (*first, "router2", "tau", *aims, *(name for name in SLABS if name in present), *after)
 
 
 def has_layer(form: Form, choice: Choice) -> bool:

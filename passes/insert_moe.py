@@ -3,7 +3,8 @@
     scores = |relu(x router1^T) router2^T|     mask = gate(scores, tau, rule)
     lists = dispatch(mask)                     y = expert_mlp(x, *lists, slabs, biases, f)
 
-or with the first line as one op, lists = route(x, router1, router2, tau), which GPU kernels run at once,
+or with the first line as one op, lists = route(x, router1, router2, tau), which GPU kernels run at once, and
+expert_mlp_int8 with int8 copies of the slabs in place of expert_mlp where these are wanted for few tokens,
 or all of it as one, y = dynamic_mlp(x, record), on CPUs. Where routers learn, the first form reads
 x.detach() and ends in y = credit(y, scores, ...). Sites that share their first router layer share the
 node of relu(x router1^T), which the first of them inserts. The only pass that edits a graph.
@@ -27,12 +28,13 @@ from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
 from ..kernels.exact_scores import exact_scores
 from ..kernels.expert_mlp import expert_mlp
+from ..kernels.expert_mlp_int8 import expert_mlp_int8
 from ..kernels.gate import gate
 from ..kernels.native import SLABS
 from ..kernels.route import route
 from ..kernels.router_hidden import router_hidden
 from .base import Match
-from .forms import BY_TAU, Choice, Form, has_layer
+from .forms import BY_TAU, COPIED, ROUTED, Choice, Form, has_layer
 from .stand_ins import StandIns, erase_shape_reader, is_channels_last, noise_of
 
 
@@ -109,7 +111,7 @@ def _experts(
     noise = noise_of(graph, match, at) if match.noise is not None else None
     scalars = [at(node) for node in match.scalars]
     with graph.inserting_before(at(match.root)):
-        if form == "routed":
+        if form in ROUTED:
             router = (slabs["router1"], slabs["router2"], slabs["tau"])
             lists = graph.call_function(route.overload, (x, *router))
         else:
@@ -125,6 +127,9 @@ def _experts(
             mask = graph.call_function(gate.overload, (scores, slabs["tau"], *rule))
             lists = graph.call_function(dispatch.overload, (mask,))
         parts = [graph.call_function(getitem, (lists, i)) for i in range(3)]
+        if form == "int8":
+            operands = (x, *parts, *map(slabs.get, SLABS), *map(slabs.get, COPIED), scalars)
+            return parts[1], (expert_mlp_int8.overload, (*operands, match.activation))
         args = (x, *parts, *map(slabs.get, SLABS), noise, scalars, match.activation)
         if form != "learning":
             return parts[1], (expert_mlp.overload, args)
@@ -141,7 +146,8 @@ def _inputs(
         x = graph.call_function(torch.movedim, (x, axis, -1))
     if match.dtype is not None:
         x = graph.call_method("to", (x, match.dtype))
-        for name in [name for name in slabs if name not in ("tau", "aims", "record", "layer")]:
+        kept = ("tau", "aims", "record", "layer", *COPIED)
+        for name in [name for name in slabs if name not in kept]:
             slabs[name] = graph.call_method("to", (slabs[name], match.dtype))
     return x, slabs
 

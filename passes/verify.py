@@ -1,8 +1,8 @@
 """The invariants that a rewritten graph keeps, checked after every rewrite.
 
-Each inserted expert_mlp reads the lists of one route, or of one dispatch, whose mask comes from one gate,
-whose scores are never negative (they come from abs, or are exact norms); a dynamic_mlp reads a
-record of its own; nothing reads a value before it is computed.
+Each inserted expert_mlp or expert_mlp_int8 reads the lists of one route, or of one dispatch, whose mask
+comes from one gate, whose scores are never negative (they come from abs, or are exact norms); a dynamic_mlp
+reads a record of its own; nothing reads a value before it is computed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..kernels.dispatch import dispatch
 from ..kernels.dynamic_mlp import dynamic_mlp
 from ..kernels.exact_scores import exact_scores
 from ..kernels.expert_mlp import expert_mlp
+from ..kernels.expert_mlp_int8 import expert_mlp_int8
 from ..kernels.gate import gate
 from ..kernels.route import route
 
@@ -31,7 +32,8 @@ def verify(gm: GraphModule, expected: int) -> None:
             graph.lint()
     except RuntimeError as error:
         raise VerifyError(f"The rewritten graph is not well formed: {error}") from error
-    blocks = [node for g in graphs for node in g.nodes if node.target is expert_mlp.overload]
+    experts = expert_mlp.overload, expert_mlp_int8.overload
+    blocks = [node for g in graphs for node in g.nodes if node.target in experts]
     records = [n.args[1] for g in graphs for n in g.nodes if n.target is dynamic_mlp.overload]
     if len(blocks) + len(records) != expected:
         raise VerifyError(

@@ -47,6 +47,8 @@ def use_right_bf16() -> None:
             return Handle(widened(src.data), tl.float32)
         if kinds == (tl.float32, tl.bfloat16):
             return Handle(rounded(src.data), tl.bfloat16)
+        if kinds[1] == tl.bfloat16 and kinds[0].is_int():
+            return Handle(rounded(src.data.astype(np.float32)), tl.bfloat16)
         return cast(self, src, dst_type)
 
     Builder.create_dot, Builder.cast_impl = create_dot, cast_impl

@@ -328,3 +328,45 @@ def test_device_that_is_tuned() -> None:
     assert device_of([], "cpu") == CPU
     with pytest.raises(TuningError, match="expected auto, cpu or cuda"):
         device_of([], "meta")
+
+
+@pytest.mark.parametrize("device", [H200, A100, MI300X], ids=lambda gpu: gpu.name)
+def test_int8_copies_are_half_the_bytes_to_the_model(device) -> None:
+    """Modelled decode is up to twice as fast, and pays up to larger unions of experts."""
+    int8 = replace(WIDE, int8=True)
+    assert int8.block().streamed[1] == WIDE.block().down_bytes / 2 + 4 * 112 * 128
+    for tokens, union in ((1, 0.2), (8, 0.3), (64, 0.5)):
+        load = Load(tokens, 0.1 if tokens > 1 else 0.2, union)
+        plain, copied = (
+            modelled(spec, load, device, of_strategy("decode", WIDE, load, device))
+            for spec in (WIDE, int8)
+        )
+        assert 1.3 < plain / copied < 2
+    load = Load(64, 0.5, 1.0)
+    assert default(WIDE, load, device).strategy != "decode"
+    assert default(int8, load, device).strategy == "decode"
+    assert key(int8, Where.of(CPU), bucket(load)) != key(WIDE, Where.of(CPU), bucket(load))
+
+
+def test_int8_copies_are_tuned_for_few_tokens_beside_the_weights() -> None:
+    native = Spec(64, 64, 4, 64, 16, False, True, "relu(up)")
+    plain, int8 = gpu_tuning.specs_of([native], int8=True)
+    assert int8 == replace(plain, int8=True) and gpu_tuning.specs_of([native]) == [plain]
+    assert {load.tokens for load in loads(int8, "full")} == {1, 2, 8, 16, 32, 64}
+    found = tune([plain, int8], CPU, progress=False, bench=model_bench)
+    assert len(found[plain]) == 5 and len(found[int8]) == 3
+    for entry in found[int8]:
+        load = Load(entry.tokens, entry.share)
+        assert choose(int8, load, CPU, dense=True) == entry.schedule
+    assert {entry.spec for entry in STORE.read().values()} == {plain, int8}
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_bench_holds_int8_candidates_to_the_copy(tokens, monkeypatch) -> None:
+    spec, load = replace(TOY, int8=True), Load(tokens, 0.5)
+    bench = DeviceBench(spec, load, CPU)
+    for strategy in ("decode", "pairs", "dense"):
+        assert bench.wrong(of_strategy(strategy, spec, load, H100)) is None
+    held = bench._meaning
+    monkeypatch.setattr(bench, "_meaning", lambda *given: held(*given[:3], None))
+    assert "its error is" in bench.wrong(of_strategy("decode", spec, load, H100))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from ...tiles import Tile
 from .. import device, emit, render
 from ..device import programs
 from ..dispatch import buffers
+from ..int8 import Copy
 from ..launching import Launched, launch, noting
 from ..native import Spec
 
@@ -26,7 +28,11 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def source(spec: GpuSpec) -> str:
-    """The source of a block's kernels. Raises KernelError for an activation without Triton spelling."""
+    """The source of a block's kernels, the same with and without int8 copies.
+
+    Raises KernelError for an activation without Triton spelling.
+    """
+    spec = replace(spec, int8=False)
     constants: dict[str, bool | int | str] = {
         "D": spec.d, "D_PADDED": padded(spec.d), "OUT": spec.out, "E": spec.experts,
         "E_PADDED": padded(spec.experts), "F": spec.size, "GATED": spec.gated,
@@ -65,7 +71,13 @@ def source_or_none(spec: GpuSpec) -> str | None:
 
 
 def spec_of(
-    x: Tensor, offsets: Tensor, w_up: Tensor, w_gate: Tensor | None, w_down: Tensor, activation: str
+    x: Tensor,
+    offsets: Tensor,
+    w_up: Tensor,
+    w_gate: Tensor | None,
+    w_down: Tensor,
+    activation: str,
+    int8: bool = False,
 ) -> GpuSpec:
     """What the kernels of a call depend on, from its operands."""
     experts = offsets.numel() - 1
@@ -78,10 +90,11 @@ def spec_of(
         activation=activation,
         precision=device.precision(x.dtype),
         dtype=NAMES[x.dtype],
+        int8=int8,
     )
 
 
-def of_native(spec: Spec, dtype: torch.dtype) -> GpuSpec:
+def of_native(spec: Spec, dtype: torch.dtype, int8: bool = False) -> GpuSpec:
     """A kind of block as its Triton kernels see it, in a dtype."""
     return GpuSpec(
         d=spec.d,
@@ -92,11 +105,15 @@ def of_native(spec: Spec, dtype: torch.dtype) -> GpuSpec:
         activation=spec.activation,
         precision=device.precision(dtype),
         dtype=NAMES[dtype],
+        int8=int8,
     )
 
 
 class Call:
-    """One call of a block's kernels: rows [T, D], lists, slabs and biases by name, output y [T, OUT]."""
+    """One call of a block's kernels: rows [T, D], lists, slabs and biases by name, output y [T, OUT].
+
+    copy: the slabs as int8, which the strategy "decode" then reads; the others never do.
+    """
 
     def __init__(
         self,
@@ -106,6 +123,7 @@ class Call:
         weights: dict[str, Tensor | None],
         scalars: list[Tensor],
         y: Tensor,
+        copy: Copy | None = None,
     ) -> None:
         text = source_or_none(spec)
         assert text is not None
@@ -118,6 +136,7 @@ class Call:
         self.up, self.gate, self.down = (slabs[n] for n in ("w_up", "w_gate", "w_down"))
         self.b_up, self.b_gate, self.b_down = (slabs[n] for n in ("b_up", "b_gate", "b_down"))
         self.p = torch.stack([s.reshape(()).float() for s in scalars]) if scalars else None
+        self.copy = copy
 
     def run(self, schedule: GpuSchedule) -> None:
         """Fill y. Raises KernelError for a strategy that does not exist."""
@@ -209,26 +228,30 @@ class Call:
         counters = new(columns, dtype=torch.int32)
         parts = new(schedule.splits, rows, spec.out, dtype=torch.float32)
         grid = (programs(self.rows.device, schedule.per_multiprocessor),)
-        biases, tile = (self.b_up, self.b_gate, self.p), schedule.up
+        assert self.up is not None and self.down is not None
+        up, gate, down, scales, unit = self.up, self.gate, self.down, None, None
+        if self.copy is not None:
+            up, gate, down, scales, unit = self.copy
+        strides = up.stride(0), 0 if gate is None else gate.stride(0)
+        others, tile = (self.b_up, self.b_gate, self.p, scales), schedule.up
         if one:
             launch(
                 self.kernels.decode_up_one, grid,
-                self.rows, self.offsets, self.up, self.gate, *biases, hidden, counters, columns,
-                *self._strides(), BLOCK_N=tile.block_n, warps=tile.warps,
+                self.rows, self.offsets, up, gate, *others, hidden, counters, columns,
+                *strides, BLOCK_N=tile.block_n, warps=tile.warps,
             )  # fmt: skip
         else:
             launch(
                 self.kernels.decode_up, grid,
-                self.rows, self.tokens, self.offsets, self.up, self.gate, *biases, hidden, counters,
-                columns, *self._strides(), rows, BLOCK_T=tile.block_m, BLOCK_N=tile.block_n,
+                self.rows, self.tokens, self.offsets, up, gate, *others, hidden, counters,
+                columns, *strides, rows, BLOCK_T=tile.block_m, BLOCK_N=tile.block_n,
                 BLOCK_K=tile.block_k, warps=tile.warps, stages=tile.stages,
             )  # fmt: skip
         tile = schedule.down
-        assert self.down is not None
         launch(
             self.kernels.decode_down, (columns, schedule.splits),
-            hidden, self.offsets, self.down, self.b_down, parts, counters, self.y,
-            self.down.stride(0), rows, ONE=one, BLOCK_T=tile.block_m, BLOCK_N=tile.block_n,
+            hidden, self.offsets, down, self.b_down, unit, parts, counters, self.y,
+            down.stride(0), rows, ONE=one, BLOCK_T=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k, SPLITS=schedule.splits,
             warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
@@ -268,8 +291,23 @@ def launches(
     scalars = [new(1) for _ in range(scalar_count(spec.activation))]
     rows, lists = new(tokens, spec.d), buffers(new(1), tokens, spec.experts)
     with noting() as noted:
-        Call(spec, rows, lists, weights, scalars, new(tokens, spec.out)).run(schedule)
+        copy = _copy(spec) if spec.int8 else None
+        Call(spec, rows, lists, weights, scalars, new(tokens, spec.out), copy).run(schedule)
     return noted
+
+
+def _copy(spec: GpuSpec) -> Copy:
+    """An int8 copy of a block without data."""
+    hidden = spec.experts * spec.size
+
+    def new(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    up, gate = (new(hidden, spec.d) if wanted else None for wanted in (True, spec.gated))
+    assert up is not None
+    scales = new(3 if spec.gated else 2, hidden, dtype=torch.float32)
+    down, unit = new(spec.experts, spec.out, spec.size), new(1, dtype=torch.float32)
+    return Copy(up, gate, down, scales, unit)
 
 
 def _options(tile: Tile) -> dict[str, int]:

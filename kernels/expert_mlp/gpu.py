@@ -12,6 +12,7 @@ from torch import Tensor
 from ...gpu_schedules import SHARE, choose
 from ...load import Load
 from .. import device, native
+from ..int8 import Copy
 from . import expert_mlp
 from .call import Call, source_or_none, spec_of
 
@@ -53,15 +54,29 @@ def run(
     activation: str,
 ) -> Tensor:
     """The block's output from the chosen experts, [..., D]."""
-    spec = spec_of(x, offsets, w_up, w_gate, w_down, activation)
+    weights = w_up, w_gate, w_down, b_up, b_gate, b_down
+    return run_with(None, x, (tokens, offsets, slots), weights, scalars, activation)
+
+
+def run_with(
+    copy: Copy | None,
+    x: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    slabs: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    scalars: list[Tensor],
+    activation: str,
+) -> Tensor:
+    """The block's output [..., D] from slabs and biases, and for few tokens from an int8 copy if given."""
+    w_up, w_gate, w_down, *_ = slabs
+    spec = spec_of(x, lists[1], w_up, w_gate, w_down, activation, int8=copy is not None)
     rows = x.reshape(-1, spec.d).contiguous()
     y = rows.new_empty(*x.shape[:-1], spec.out)
     if len(rows):
-        weights = dict(zip(native.SLABS, (w_up, w_gate, w_down, b_up, b_gate, b_down), strict=True))
+        weights = dict(zip(native.SLABS, slabs, strict=True))
         expected = EXPECTED.get(w_up.data_ptr())
         load = Load(len(rows), SHARE if expected is None else expected)
         chosen = choose(spec, load, x.device, dense=expected is not None)
-        call = Call(spec, rows, (tokens, offsets, slots), weights, scalars, y.view(-1, spec.out))
+        call = Call(spec, rows, lists, weights, scalars, y.view(-1, spec.out), copy)
         with device.on(x.device):
             call.run(chosen)
     return y

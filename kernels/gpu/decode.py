@@ -5,6 +5,9 @@
 
 Every weight of the union is read once, by all streaming multiprocessors together; sums over experts
 stay in fp32 and are added in a fixed order. Goes behind experts.py in a generated file.
+
+With scales the weights are int8 copies (kernels/expert_mlp_int8). They become values of x's dtype in
+registers, exactly, as |q| <= 127; scales of up and gate multiply fp32 sums, those of down hidden values.
 """
 
 import triton
@@ -46,6 +49,12 @@ def chosen(starts, ends, upto, u):
 
 
 @triton.jit
+def scale(scales_ptr, MATRIX: tl.constexpr, offs_n, inside):
+    """Scales of neurons' rows in matrix number MATRIX of an int8 copy."""
+    return tl.load(scales_ptr + MATRIX * E * F + offs_n, mask=inside, other=0.0)
+
+
+@triton.jit
 def dot_one(x_ptr, w_ptr, stride: tl.constexpr, offs_n, inside, BLOCK_N: tl.constexpr):
     """w x of one token for some rows of a weight [H, D], each read whole: [BLOCK_N] fp32."""
     offs_k = tl.arange(0, D_PADDED)
@@ -65,6 +74,7 @@ def decode_up_one(
     b_up_ptr,
     b_gate_ptr,
     p_ptr,
+    scales_ptr,  # [2 or 3, E * F] fp32 of up, gate and down where these are int8; else None
     hidden_ptr,  # [E, F] fp32, row u belongs to the u-th chosen expert
     counters_ptr,  # [columns] int32, set to 0 for decode_down
     columns,
@@ -85,15 +95,21 @@ def decode_up_one(
         inside = offs_f < F
         offs_n = expert * F + offs_f
         value = dot_one(x_ptr, up_ptr, stride_up, offs_n, inside, BLOCK_N)
+        if scales_ptr is not None:
+            value *= scale(scales_ptr, 0, offs_n, inside)
         if b_up_ptr is not None:
             value += tl.load(b_up_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
         if GATED:
             g = dot_one(x_ptr, gate_ptr, stride_gate, offs_n, inside, BLOCK_N)
+            if scales_ptr is not None:
+                g *= scale(scales_ptr, 1, offs_n, inside)
             if b_gate_ptr is not None:
                 g += tl.load(b_gate_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
             h = activation(value, g, p_ptr)
         else:
             h = activation(value, value, p_ptr)
+        if scales_ptr is not None:
+            h *= scale(scales_ptr, 2 if GATED else 1, offs_n, inside)
         tl.store(hidden_ptr + u * F + offs_f, h, mask=inside)
 
 
@@ -107,6 +123,7 @@ def decode_up(
     b_up_ptr,
     b_gate_ptr,
     p_ptr,
+    scales_ptr,
     hidden_ptr,  # [E, T, F], panel u belongs to the u-th chosen expert
     counters_ptr,
     columns,
@@ -140,19 +157,25 @@ def decode_up(
             x = load_tile(ptrs, offs_k < D, offs_t < rows, all_k, False, "")
             ptrs = up_ptr + offs_n.to(tl.int64)[:, None] * stride_up + offs_k[None, :]
             w = load_tile(ptrs, inside, offs_k < D, all_n, all_k, "evict_first")
-            value = tl.dot(w, x, value, input_precision=PRECISION)
+            value = tl.dot(w.to(x.dtype), x, value, input_precision=PRECISION)
             if GATED:
                 ptrs = gate_ptr + offs_n.to(tl.int64)[:, None] * stride_gate + offs_k[None, :]
                 w = load_tile(ptrs, inside, offs_k < D, all_n, all_k, "evict_first")
-                g = tl.dot(w, x, g, input_precision=PRECISION)
+                g = tl.dot(w.to(x.dtype), x, g, input_precision=PRECISION)
+        if scales_ptr is not None:
+            value *= scale(scales_ptr, 0, offs_n, inside)[:, None]
         if b_up_ptr is not None:
             value += tl.load(b_up_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)[:, None]
         if GATED:
+            if scales_ptr is not None:
+                g *= scale(scales_ptr, 1, offs_n, inside)[:, None]
             if b_gate_ptr is not None:
                 g += tl.load(b_gate_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)[:, None]
             h = activation(value, g, p_ptr)
         else:
             h = activation(value, value, p_ptr)
+        if scales_ptr is not None:
+            h *= scale(scales_ptr, 2 if GATED else 1, offs_n, inside)[:, None]
         listed = first + offs_t
         token = tl.load(tokens_ptr + listed, mask=listed < last, other=-1)
         wanted = tl.max((token[:, None] == offs_t[None, :]).to(tl.int32), 0) > 0
@@ -166,8 +189,9 @@ def decode_up(
 def decode_down(
     hidden_ptr,  # [E, T, F], or [E, F] fp32 of one token
     offsets_ptr,
-    down_ptr,  # [H, OUT]
+    down_ptr,  # [H, OUT], or with a unit [E, OUT, F] int8
     b_down_ptr,
+    unit_ptr,  # what hidden values' scales are multiples of; None without
     partial_ptr,  # [SPLITS, T, OUT] fp32
     counters_ptr,
     y_ptr,  # [T, OUT]
@@ -188,27 +212,41 @@ def decode_down(
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = offs_n < OUT
     offs_t = tl.arange(0, BLOCK_T)
-    if ONE:
-        acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    if unit_ptr is not None:
+        acc = tl.zeros((BLOCK_N, BLOCK_K if ONE else BLOCK_T), tl.float32)
     else:
-        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        acc = tl.zeros((BLOCK_K if ONE else BLOCK_T, BLOCK_N), tl.float32)
     for work in range(split, tl.max(upto, 0) * blocks, SPLITS):
         u = work // blocks
         expert, _first, _last = chosen(starts, ends, upto, u)
         offs_k = (work - work // blocks * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-        ptrs = (
-            down_ptr + (expert * F + offs_k).to(tl.int64)[:, None] * stride_down + offs_n[None, :]
-        )
-        w = load_tile(ptrs, offs_k < F, inside, all_k, all_n, "evict_first")
+        if unit_ptr is not None:
+            ptrs = down_ptr + (expert.to(tl.int64) * OUT + offs_n)[:, None] * F + offs_k[None, :]
+            w = load_tile(ptrs, inside, offs_k < F, all_n, all_k, "evict_first")
+        else:
+            ptrs = (
+                down_ptr
+                + (expert * F + offs_k).to(tl.int64)[:, None] * stride_down
+                + offs_n[None, :]
+            )
+            w = load_tile(ptrs, offs_k < F, inside, all_k, all_n, "evict_first")
         if ONE:
             h = tl.load(hidden_ptr + u * F + offs_k, mask=offs_k < F, other=0.0)
-            acc += h[:, None] * w.to(tl.float32)
+            acc += w.to(tl.float32) * (h[None, :] if unit_ptr is not None else h[:, None])
+        elif unit_ptr is not None:
+            ptrs = hidden_ptr + (u * rows + offs_t)[None, :] * F + offs_k[:, None]
+            h = load_tile(ptrs, offs_k < F, offs_t < rows, all_k, False, "")
+            acc = tl.dot(w.to(h.dtype), h, acc, input_precision=PRECISION)
         else:
             ptrs = hidden_ptr + (u * rows + offs_t)[:, None] * F + offs_k[None, :]
             h = load_tile(ptrs, offs_t < rows, offs_k < F, False, all_k, "")
             acc = tl.dot(h, w, acc, input_precision=PRECISION)
     if ONE:
-        acc = tl.sum(acc, 0)[None, :]
+        acc = tl.sum(acc, 1 if unit_ptr is not None else 0)[None, :]
+    elif unit_ptr is not None:
+        acc = tl.trans(acc)
+    if unit_ptr is not None:
+        acc *= tl.load(unit_ptr)
     kept = (offs_t < rows)[:, None] & inside[None, :]
     out = offs_t[:, None] * OUT + offs_n[None, :]
     tl.store(partial_ptr + split * rows * OUT + out, acc, mask=kept)

@@ -42,6 +42,7 @@ GPUS: dict[str, Gpu] = {"sm_80": A100, "sm_90": H200, "sm_100": H200, "gfx942": 
 GLU = GpuSpec(4096, 4096, 112, 128, True, "silu(gate) * up")
 FFN = GpuSpec(768, 768, 24, 128, False, "gelu(up)")
 SMALL = replace(FFN, experts=96, size=32)
+INT8 = replace(GLU, int8=True)
 DTYPES = {name: dtype for dtype, name in block_call.NAMES.items()}
 
 DECODE = [("decode", tokens) for tokens in (1, 16, 64)]
@@ -55,17 +56,21 @@ CALLS: dict[str, list[tuple[str, GpuSpec, list[tuple[str, int]]]]] = {
         ("glu fp16", replace(GLU, dtype="fp16"), [("pairs", 4096)]),
         ("glu tf32", replace(GLU, dtype="fp32", precision="tf32"), [("pairs", 512)]),
         ("ffn fp32", replace(FFN, dtype="fp32"), [("pairs", 4096)]),
+        ("glu int8", INT8, DECODE),
+        ("small int8", replace(SMALL, int8=True, dtype="fp16"), [("decode", 16)]),
     ],
     "sm_80": [
         ("glu", GLU, [*DECODE, *MANY, ("atomic", 4096), *LISTS[:3]]),
         ("ffn", FFN, [("pairs", 4096)]),
         ("small", SMALL, [("pairs", 512), ("atomic", 4096)]),
         ("ffn fp32", replace(FFN, dtype="fp32"), [("decode", 64)]),
+        ("glu int8", INT8, [("decode", 64)]),
     ],
-    "sm_100": [("glu", GLU, [("decode", 64), ("tma", 4096)])],
+    "sm_100": [("glu", GLU, [("decode", 64), ("tma", 4096)]), ("glu int8", INT8, [("decode", 64)])],
     "gfx942": [
         ("glu", GLU, [("decode", 1), ("decode", 64), ("pairs", 4096), ("routing", 64)]),
         ("small", SMALL, [("decode", 16), ("pairs", 512), ("atomic", 4096), ("lists", 4096)]),
+        ("glu int8", INT8, [("decode", 16)]),
     ],
 }
 
@@ -120,17 +125,22 @@ class Case:
     @property
     def first(self) -> int:
         """Rows of the first operand of a product; 0 of a kernel without one."""
-        given = self.launched.options
+        given, int8 = self.launched.options, self.spec.int8
         rows = {
             "up": given.get("BLOCK_N" if given.get("SWAP") else "BLOCK_M"),
             "down": given.get("BLOCK_N" if given.get("SWAP") else "BLOCK_M"),
             "decode_up": given.get("BLOCK_N"),
-            "decode_down": 0 if given.get("ONE") else given.get("BLOCK_T"),
+            "decode_down": 0 if given.get("ONE") else given.get("BLOCK_N" if int8 else "BLOCK_T"),
             "hidden_few": given.get("BLOCK_R"),
             "route_few": given.get("BLOCK_T"),
             "route_many": given.get("BLOCK_T"),
         }
         return rows.get(self.kernel, 0)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the first operand has the rows, and the program the warps, of a group of four."""
+        return self.first >= 64 and self.launched.options["num_warps"] >= 4
 
     @property
     def weights(self) -> int:
@@ -148,7 +158,8 @@ class Case:
             "route_many": ROUTER * k,
             "pointwise": ups * given.get("BLOCK", 0),
         }
-        return values.get(self.kernel, 0) * spec.itemsize
+        streamed = spec.streamed if self.kernel.startswith("decode") else spec.itemsize
+        return values.get(self.kernel, 0) * streamed
 
     @property
     def result(self) -> int:
@@ -235,14 +246,17 @@ def test_a_program_fits(compiled) -> None:
 
 
 def test_hopper_multiplies_with_wgmma(compiled) -> None:
-    """Where the first operand has its 64 rows, and never one after another. fp32 is multiplied by FFMA."""
+    """Where the first operand has its 64 rows, and never one after another. fp32 is multiplied by FFMA.
+
+    Products with int8 weights are meant for mma.sync, and have two warps a program.
+    """
 
     def law(case: Case, found: Resources) -> bool:
         if case.target != "sm_90" or not case.first:
             return not found.serialized
         if case.spec.dtype == "fp32" and case.spec.precision == "ieee":
             return not found.count("HGMMA", "HMMA")
-        one, other = ("HGMMA", "HMMA") if case.first >= 64 else ("HMMA", "HGMMA")
+        one, other = ("HGMMA", "HMMA") if case.grouped else ("HMMA", "HGMMA")
         return not found.serialized and found.count(one) > 0 == found.count(other)
 
     assert keep(compiled, law)
@@ -255,7 +269,7 @@ def test_others_multiply_with_their_own(compiled) -> None:
         if case.spec.dtype == "fp32" or case.target == "sm_90":
             return True
         name = {"sm_80": "HMMA", "gfx942": "v_mfma", "sm_100": "UTCHMMA"}[case.target]
-        if case.target == "sm_100" and case.first < 64:
+        if case.target == "sm_100" and not case.grouped:
             name = "HMMA"
         return bool(found.count(name)) is bool(case.first)
 
@@ -297,6 +311,22 @@ def test_descriptors_are_used_where_asked_for(compiled) -> None:
     def law(case: Case, found: Resources) -> bool:
         return bool(found.count("UTMALDG")) is bool(case.launched.options.get("TMA"))
 
+    assert keep(compiled, law)
+
+
+def test_int8_weights_become_values_in_registers(compiled) -> None:
+    """Shared memory holds the ring of both operands as they lie in memory, and nothing of their size else."""
+
+    def law(case: Case, found: Resources) -> bool:
+        given = case.launched.options
+        if not case.spec.int8 or not nvidia(case) or not case.first:
+            return True
+        dtypes = [a.dtype for a in case.launched.args if isinstance(a, Tensor)]
+        rows = given["BLOCK_T"] * given["BLOCK_K"] * case.spec.itemsize
+        ring = (given["num_stages"] - 1) * (case.weights + rows)
+        return torch.int8 in dtypes and found.shared <= ring + 64
+
+    assert any(case.spec.int8 for case, _ in compiled)
     assert keep(compiled, law)
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from blocks import masks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from operands import DTYPES, ON, SPECS, Operands, assert_as_good
 from torch import Tensor
 
 from d2dcompile import gpu_blocks, testing
-from d2dcompile.expr import function
 from d2dcompile.gpu_blocks import GpuSchedule, GpuSpec
 from d2dcompile.gpu_defaults import of_strategy
 from d2dcompile.gpus import H200
@@ -28,7 +27,6 @@ from d2dcompile.kernels import render
 from d2dcompile.kernels.dispatch import dispatch
 from d2dcompile.kernels.dispatch import gpu as lists_gpu
 from d2dcompile.kernels.expert_mlp import call, expert_mlp, gpu, grouped
-from d2dcompile.kernels.expert_mlp.call import Call
 from d2dcompile.kernels.expert_mlp.gradient import expert_mlp_backward
 from d2dcompile.kernels.gate import tau_bits
 from d2dcompile.kernels.route import gpu as route_gpu
@@ -38,16 +36,7 @@ from d2dcompile.tiles import Tile
 
 EXPECTED = Path(__file__).parent.parent / "expected"
 pytestmark = pytest.mark.triton
-ON = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDED = settings(max_examples=4, deadline=None)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SPECS = {
-    "plain": GpuSpec(40, 72, 5, 24, False, "gelu(up)"),
-    "gated": GpuSpec(64, 48, 3, 16, True, "silu(gate) * up"),
-    "tiny experts": GpuSpec(33, 33, 7, 5, True, "gelu(gate, approximate='tanh') * up"),
-    "one expert": GpuSpec(16, 16, 1, 40, False, "relu(up) ** 2"),
-    "many experts": GpuSpec(24, 20, 19, 8, False, "p0 * relu(up) + p1 * up"),
-}
 FEW, MANY = Tile(16, 16, 32, 4, 1), Tile(16, 32, 16, 4, 1)
 SCHEDULES = {
     "decode": GpuSchedule("decode", FEW, MANY, splits=3),
@@ -66,79 +55,6 @@ def poisoned():
     yield
     torch.use_deterministic_algorithms(False)
     lists_gpu.ADDED = added
-
-
-class Operands:
-    """Random rows, slabs and lists of one call on the device that is tested."""
-
-    def __init__(
-        self, spec: GpuSpec, mask: Tensor, dtype: torch.dtype, bias: bool, seed: int
-    ) -> None:
-        draw = torch.Generator().manual_seed(seed)
-        hidden, rows = spec.experts * spec.size, len(mask)
-
-        def random(*shape: int) -> Tensor:
-            return (torch.randn(*shape, generator=draw) * shape[-1] ** -0.5).to(ON, dtype)
-
-        self.spec, self.mask = spec, mask
-        self.rows = random(rows, spec.d) * spec.d**0.5
-        self.weights: dict[str, Tensor | None] = {
-            "w_up": random(hidden, spec.d),
-            "w_gate": random(hidden, spec.d) if spec.gated else None,
-            "w_down": random(hidden, spec.out),
-            "b_up": random(hidden) if bias else None,
-            "b_gate": random(hidden) if bias and spec.gated else None,
-            "b_down": random(spec.out) if bias else None,
-        }
-        count = sum(f"p{i}" in spec.activation for i in range(2))
-        self.scalars = [torch.tensor(0.3 + i).to(ON, dtype) for i in range(count)]
-        tokens, offsets, slots = dispatch.meaning(mask.to(ON))
-        tokens[offsets[-1] :] = 1 << 30
-        slots[torch.arange(spec.experts + 1, device=ON)[None] > slots[:, :1]] = 1 << 30
-        self.lists = tokens, offsets, slots
-
-    def run(self, schedule: GpuSchedule) -> Tensor:
-        y = self.rows.new_full((len(self.rows), self.spec.out), torch.nan)
-        if len(self.rows):
-            call = Call(self.spec, self.rows, self.lists, self.weights, self.scalars, y)
-            call.run(schedule)
-        return y
-
-    def usual_error(self) -> float:
-        """What the meaning in this dtype errs on many tokens, relative: on few it may be right by chance."""
-        share = "all" if self.mask.all() else 0.5
-        many = Operands(self.spec, masks(64, self.spec.experts, share, 0), self.rows.dtype, True, 0)
-        exact = many.meaning(torch.float64)
-        error = many.meaning(self.rows.dtype).double() - exact
-        return testing.rms(error) / testing.rms(exact)
-
-    def dense(self) -> Tensor:
-        """The block without experts, in plain PyTorch and its own dtype."""
-        w = self.weights
-        values = {"up": F.linear(self.rows, w["w_up"], w["b_up"])}
-        if self.spec.gated:
-            values["gate"] = F.linear(self.rows, w["w_gate"], w["b_gate"])
-        values.update((f"p{i}", scalar) for i, scalar in enumerate(self.scalars))
-        hidden = function(self.spec.activation)(values)
-        return F.linear(hidden, w["w_down"].t(), w["b_down"])
-
-    def meaning(self, dtype: torch.dtype) -> Tensor:
-        mask = self.mask
-        weights = [None if w is None else w.to(dtype) for w in self.weights.values()]
-        scalars = [s.to(dtype) for s in self.scalars]
-        rows = self.rows.to(dtype)
-        lists = dispatch.meaning(mask.to(ON))
-        return expert_mlp.meaning(rows, *lists, *weights, None, scalars, self.spec.activation)
-
-
-def assert_as_good(result: Tensor, operands: Operands) -> None:
-    exact, eager = operands.meaning(torch.float64), operands.meaning(result.dtype)
-    assert result.isfinite().all()
-    error, allowed = (testing.rms(y.double() - exact) for y in (result, eager))
-    usual = operands.usual_error() * testing.rms(exact)
-    if operands.mask.all():  # one long sum errs more than one an expert
-        usual = max(usual, testing.rms(operands.dense().double() - exact))
-    assert error <= 2 * max(allowed, usual), (error, allowed, usual)
 
 
 shares = st.sampled_from(["none", "all", "one expert", 0.1, 0.5])
