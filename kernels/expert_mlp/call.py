@@ -208,8 +208,9 @@ class Call:
         hidden = new(spec.experts, rows, spec.size, dtype=dtype)
         counters = new(columns, dtype=torch.int32)
         parts = new(schedule.splits, rows, spec.out, dtype=torch.float32)
-        grid = (programs(self.rows.device, schedule.per_multiprocessor),)
         biases, tile = (self.b_up, self.b_gate, self.p), schedule.up
+        units = spec.experts * -(-spec.size // tile.block_n)
+        grid = (min(units, programs(self.rows.device, schedule.per_multiprocessor)),)
         if one:
             launch(
                 self.kernels.decode_up_one, grid,
