@@ -1,4 +1,7 @@
-"""lower: which generated kernels run a graph's converted sites: one on a CPU, two ops on a GPU, or none."""
+"""lower: which generated kernels run a graph's converted sites: one on a CPU, two ops on a GPU, or none.
+
+On a GPU sites that read one x share these two ops, unless gradients are recorded.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from .state import State
 log = logging.getLogger(__name__)
 BLOCK = {"dynamic_mlp": {"gate", "dispatch", "expert_mlp"}}  # op and what it does
 ROUTED = {"route": {"gate", "dispatch"}}
+GROUPED = {"routes": {"route"}}, {"expert_mlps": {"expert_mlp"}}
 REPORTED = (1, 64, 4096)  # tokens of a call that a report names the schedules of
 
 
@@ -52,7 +56,8 @@ def lower(
         reason = _chosen_otherwise(state)
         if _on_gpu(state):
             if reason is None and _requested(ROUTED) is None:
-                forms[found.site.name] = "routed"
+                alone = torch.is_grad_enabled() or any(map(_requested, GROUPED))
+                forms[found.site.name] = "routed" if alone else "grouped"
             continue
         reason = reason or _requested(BLOCK) or _unsuited(found, state) or _no_kernel(state)
         if reason is None:

@@ -8,9 +8,9 @@ from typing import Literal
 from ..ir import Site
 from ..kernels.native import SLABS
 
-Form = Literal["ops", "routed", "record", "learning"]
-"""What stands for a site: router, gate, dispatch and experts; route and experts; one op with a record; or
-the first with gradients for routers."""
+Form = Literal["ops", "routed", "grouped", "record", "learning"]
+"""What stands for a site: router, gate, dispatch and experts; route and experts; these with other sites that
+read the same x, in one op each; one op with a record; or the first with gradients for routers."""
 
 
 @dataclass(frozen=True)
