@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_projections import QUICK, case_of
+from test_projections import run as called_with
 from test_share_routers import batches, compiled, converted, layer, targets_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -84,6 +86,30 @@ def test_all_that_reads_x_is_one_call_and_what_reads_another_is_not(share, graph
         patch.setenv("D2D_IMPL", "expert_mlp:reference")
         assert torch.equal(run(model, x), sparse)
     assert counted(graphs[-1]) == {"routes": [], "expert_mlps": [], "route": 5, "expert_mlp": 5}
+
+
+@pytest.mark.parametrize(
+    "form, calls, alone",
+    [("gqa", [3, 3], 4), ("bert", [3, 3], 4), ("t5", [3, 3, 3, 4, 3], 12)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_projections_of_a_model_are_grouped_by_what_they_read(form, calls, alone, graphs) -> None:
+    """Q, K and V of every attention; K and V of all cross-attentions, which read the encoder's output."""
+    case = case_of(form)
+    d2d.replace_projections(case.model, [case.inputs] * 2, **QUICK)
+    dense = called_with(case.model, case)
+    exact = called_with(copy.deepcopy(case.model).double(), case)
+    config = d2d.Config(expert_size=4, router_width=8, router_epochs=1)
+    d2d.convert(case.model, [case.inputs] * 2, config, progress=False)
+    fast = compiled(case.model)
+    assert testing.error_ratio(called_with(fast, case), dense, exact) <= 2
+    d2d.set_tau(case.model, 0.5)
+    grouped = called_with(fast, case)
+    found = counted(graphs[0])
+    assert found == {"routes": calls, "expert_mlps": calls, "route": alone, "expert_mlp": alone}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("D2D_IMPL", "expert_mlp:reference")
+        assert torch.equal(called_with(compiled(case.model), case), grouped)
 
 
 def test_inductor_compiles_the_calls(graphs) -> None:

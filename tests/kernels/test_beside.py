@@ -135,6 +135,25 @@ def test_one_launch_up_and_one_down_for_all_sites(rows) -> None:
     assert names(experts_gpu.launches(specs, rows, schedules)) == names(noted)
 
 
+def test_persistent_programs_share_all_work_however_many_a_site_has_alone() -> None:
+    x, sites = sites_of(QKV, 5, torch.float32)
+    schedules, calls = schedules_of(sites, 5), [site.call(x) for site in sites]
+    noted = []
+    for call, schedule in zip(calls, schedules, strict=True):
+        with noting() as own:
+            call.run(schedule)
+        noted.append(own)
+    ups, downs = (list(items) for items in zip(*noted, strict=True))
+    ups[0] = replace(ups[0], grid=(1,))
+    assert ups[1].grid[0] > 1
+    beside.launch_beside(ups, persistent=True)
+    beside.launch_beside(downs)
+    for site, call, schedule in zip(sites, calls, schedules, strict=True):
+        alone = site.call(x)
+        alone.run(schedule)
+        assert torch.equal(call.y, alone.y)
+
+
 def test_sites_that_do_not_decode_or_have_other_warps_are_launched_apart() -> None:
     x, sites = sites_of(QKV, 5, torch.float32)
     few, many = Tile(16, 16, 32, 4, 1), Tile(16, 32, 16, 4, 1)

@@ -44,7 +44,7 @@ GPUS: dict[str, Gpu] = {"sm_80": A100, "sm_90": H200, "sm_100": H200, "gfx942": 
 GLU = GpuSpec(4096, 4096, 112, 128, True, "silu(gate) * up")
 FFN = GpuSpec(768, 768, 24, 128, False, "gelu(up)")
 SMALL = replace(FFN, experts=96, size=32)
-# Q, K and V of grouped-query attention, with as many neurons as cost a projection as much.
+# Blocks in the place of the projections of grouped-query attention, Q and either of K and V.
 QKV = GpuSpec(4096, 4096, 16, 128, False, "relu(up)")
 KV = replace(QKV, out=1024, experts=6)
 DTYPES = {name: dtype for dtype, name in block_call.NAMES.items()}
@@ -77,7 +77,7 @@ CALLS: dict[str, list[tuple[str, GpuSpec, list[tuple[str, int]]]]] = {
     "gfx942": [
         ("glu", GLU, [("decode", 1), ("decode", 64), ("pairs", 4096), ("routing", 64)]),
         ("small", SMALL, [("decode", 16), ("pairs", 512), ("atomic", 4096), ("lists", 4096)]),
-        ("qkv", QKV, [("beside", 1), ("beside", 16)]),
+        ("qkv", QKV, [("beside", 16)]),
     ],
 }
 
