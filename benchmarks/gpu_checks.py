@@ -1,7 +1,8 @@
 """Does the whole path survive a CUDA graph, follow its input inside one, and give the same bits twice?
 
-The router decides, nothing is forced: a graph of route and expert_mlp is replayed on rows that were not
-there when it was captured, and each answer is compared with fp64 under the lists of those rows.
+The router decides, nothing is forced: a graph of route and expert_mlp, or of the ops for several sites, is
+replayed on rows that were not there when it was captured, and each answer is compared with fp64 under the
+lists of those rows.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from d2dcompile.kernels.expert_mlp import expert_mlp
 from d2dcompile.kernels.expert_mlp.call import Call
+from d2dcompile.kernels.expert_mlps import expert_mlps
 from d2dcompile.kernels.gate import tau_bits
 from d2dcompile.kernels.route import gpu as router
 from d2dcompile.kernels.route import route
+from d2dcompile.kernels.routes import routes
 
 NAME = "checks"
 CELL = Cell(0.3)
@@ -32,7 +35,7 @@ Path = Callable[[Tensor], Tensor]
 
 
 def measure(place: Place, note: Callable[[str], object] = lambda name: None) -> dict[str, Any]:
-    """{path: what held} of every strategy, and of the two ops as a compiled model calls them."""
+    """{path: what held} of every strategy, and of the ops as a compiled model calls them."""
     start = time.time()
     torch.set_float32_matmul_precision("highest")
     found: dict[str, dict[str, Any]] = {}
@@ -70,6 +73,12 @@ def _paths(case: Case, layer: Layer, place: Place) -> Mapping[str, Path]:
         found: Tensor = expert_mlp(x, *lists, *layer.weights().values(), None, [], text)
         return found
 
+    def beside(x: Tensor) -> Tensor:
+        """The second of two equal sites that share their first router layer."""
+        lists = routes(x, [layer.w1], [layer.w2] * 2, [tau] * 2, [0, 0])
+        found: list[Tensor] = expert_mlps(x, lists, [*layer.weights().values()] * 2, text)
+        return found[1]
+
     def of(schedule: Any) -> Path:
         def run(x: Tensor) -> Tensor:
             lists, y = router.run(x, layer.w1, layer.w2, tau), torch.empty_like(x)
@@ -79,7 +88,7 @@ def _paths(case: Case, layer: Layer, place: Place) -> Mapping[str, Path]:
         return run
 
     plan = gpu_ours.schedules(case, case.cells[0])
-    return {"ops": ops} | {name: of(schedule) for name, schedule in plan.items()}
+    return {"ops": ops, "beside": beside} | {name: of(schedule) for name, schedule in plan.items()}
 
 
 def _held(case: Case, layer: Layer, path: Path, place: Place) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""lower: which generated kernels run a graph's converted sites: one on a CPU, two ops on a GPU, or none."""
+"""lower: which generated kernels run a graph's converted sites: one on a CPU, two ops on a GPU, or none.
+
+On a GPU sites that read one x share these two ops, unless gradients are recorded.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ log = logging.getLogger(__name__)
 BLOCK = {"dynamic_mlp": {"gate", "dispatch", "expert_mlp"}}  # op and what it does
 ROUTED = {"route": {"gate", "dispatch"}}
 COPIED = {"expert_mlp_int8": {"expert_mlp"}}
+GROUPED = {"routes": {"route"}}, {"expert_mlps": {"expert_mlp"}}
 REPORTED = (1, 64, 4096)  # tokens of a call that a report names the schedules of
 
 
@@ -55,10 +59,14 @@ def lower(
         reason = _chosen_otherwise(state)
         if _on_gpu(state):
             if reason is None and _requested(ROUTED) is None:
-                reason = _no_int8(found, state) if int8 else "it is not asked for"
-                forms[found.site.name] = "routed" if reason else "int8"
-                if int8 and reason:
-                    log.info("site %s runs without int8: %s", found.site.name, reason)
+                alone = torch.is_grad_enabled() or any(map(_requested, GROUPED))
+                forms[found.site.name] = "routed" if alone else "grouped"
+                if int8:
+                    reason = _no_int8(found, state)
+                    if reason is None:
+                        forms[found.site.name] = "int8"
+                    else:
+                        log.info("site %s runs without int8: %s", found.site.name, reason)
             continue
         reason = reason or _requested(BLOCK) or _unsuited(found, state) or _scalars(found)
         reason = reason or _no_kernel(state)

@@ -15,8 +15,9 @@ from .errors import NoConversionError
 from .ir import Conversion, Miss
 from .passes import Match, match_all, rules
 from .passes.forms import ROUTED, Choice, Form, operand_names
+from .passes.insert_group import Groups
 from .passes.insert_moe import Inserted, insert_moe
-from .passes.share_routing import Shares, same_inputs
+from .passes.share_routing import Shares, in_parts, same_inputs
 from .passes.verify import verify
 from .recognising import states_of
 from .state import State
@@ -60,7 +61,7 @@ class Rewritten:
         gm: the graph; it takes the old inputs followed by each converted match's operands.
         matches: the converted matches, in the order of their operands.
         inserted: the nodes that replaced each of them.
-        shares: which of them share a first router layer.
+        shares: which of them share a first router layer, and calls.
     """
 
     gm: GraphModule
@@ -103,9 +104,9 @@ def shared(
 ) -> Shares:
     """Which matches share a first router layer in a graph: those that read one x and hold one router1.
 
-    Both have to have one form, and one in which that layer stands by itself: the forms "routed" and
-    "int8" have none (their kernels read x once for both layers), the form "record" where rows need no
-    padding.
+    Both have to have one form, and one in which that layer can be shared: not "routed" or "int8", whose op
+    reads x, and "record" where rows need no padding. Those of the form "grouped" are also routed in one call
+    if they read one x, and their experts run in one if they compute the same function of weights of one dtype.
     """
     kinds = [forms.get(found.site.name, "ops") for found in matches]
 
@@ -116,11 +117,29 @@ def shared(
             return states[first].shareable and states[later].shareable
         if kinds[later] in ROUTED:
             name = matches[later].site.name
-            log.info("site %s routes by itself: its Triton kernel computes both layers", name)
+            log.info("site %s routes by itself: its op computes both router layers", name)
         return kinds[later] not in ROUTED
 
+    def routed(first: int, later: int) -> bool:
+        one, other = (states[i].weight("down") for i in (first, later))
+        alike = (one.device, one.dtype) == (other.device, other.dtype)
+        return kinds[first] == kinds[later] == "grouped" and alike
+
+    def together(first: int, later: int) -> bool:
+        one, other = matches[first], matches[later]
+        return (
+            kinds[first] == "grouped"
+            and routing[first] == routing[later]
+            and (one.site.kind, one.activation) == (other.site.kind, other.activation)
+            and not any(found.scalars or found.noise is not None for found in (one, other))
+        )
+
     widths = tuple(state.experts.plan.router_width for state in states)
-    return Shares(same_inputs(matches, alike), widths)
+    leaders = same_inputs(matches, alike)
+    if "grouped" not in kinds:
+        return Shares(leaders, widths)
+    routing = in_parts(same_inputs(matches, routed))
+    return Shares(leaders, widths, routing, same_inputs(matches, together))
 
 
 def _replaced(
@@ -138,16 +157,19 @@ def _replaced(
     """
     copies = captured.copies()
     gm = copies[id(captured)][0]
+    operands = [operands_of(gm, i, found) for i, found in enumerate(matches)]
+    for i, found in enumerate(matches):
+        for body in _path(captured, found):
+            operands[i] = _passed(body, copies, operands[i])
+    groups = Groups(shares, matches, operands)
     inserted: list[Inserted] = []
     for i, found in enumerate(matches):
-        operands = operands_of(gm, i, found)
-        for body in _path(captured, found):
-            operands = _passed(body, copies, operands)
         own, where = copies[id(found.captured)]
         form, choice = forms.get(found.site.name, "ops"), choices.get(found.site.name, Choice())
         hidden = inserted[shares.leaders[i]].hidden if shares.follows(i) else None
         at, width = where.__getitem__, shares.widths[i]
-        done = insert_moe(own.graph, found, operands, at, form, choice, hidden, width)
+        given = groups.given(i, own.graph, at)
+        done = insert_moe(own.graph, found, operands[i], at, form, choice, hidden, width, given)
         inserted.append(done)
     for copied, _ in copies.values():
         copied.recompile()

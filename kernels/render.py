@@ -24,7 +24,7 @@ from ..store import folder
 
 SKELETONS = Path(__file__).parent / "gpu"
 STAND_INS = ("activation",)  # functions of skeletons that a block's own take the place of
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a file that imports others is imported under it
 
 
 def render(
@@ -72,11 +72,25 @@ def module(source: str) -> ModuleType:
     """The module of a source, imported once a process from its file."""
     path = path_of(source)
     dump_text(path.name, source)
+    return _imported(path)
+
+
+def sibling(file: str, name: str) -> ModuleType:
+    """The module of another generated file in the folder of this one, imported once a process."""
+    path = Path(file).with_name(name)
     with _LOCK:
-        name = f"d2dcompile.kernels._generated.{path.stem}"
-        found = importlib.util.spec_from_file_location(name, path)
+        return sys.modules.get(_name(path)) or _imported(path)
+
+
+def _name(path: Path) -> str:
+    return f"d2dcompile.kernels._generated.{path.stem}"
+
+
+def _imported(path: Path) -> ModuleType:
+    with _LOCK:
+        found = importlib.util.spec_from_file_location(_name(path), path)
         assert found is not None and found.loader is not None
         made = importlib.util.module_from_spec(found)
-        sys.modules[name] = made  # Triton and pickles look functions up by it
+        sys.modules[_name(path)] = made  # Triton and pickles look functions up by it
         found.loader.exec_module(made)
     return made

@@ -8,10 +8,11 @@ from typing import Literal
 from ..ir import Site
 from ..kernels.native import SLABS
 
-Form = Literal["ops", "routed", "int8", "record", "learning"]
-"""What stands for a site: router, gate, dispatch and experts; route and experts; the same with int8 copies of
-the slabs besides; one op with a record; or the first with gradients for routers."""
-ROUTED: tuple[Form, ...] = ("routed", "int8")  # by one op
+Form = Literal["ops", "routed", "grouped", "int8", "record", "learning"]
+"""What stands for a site: router, gate, dispatch and experts; route and experts; these with other sites that
+read the same x, in one op each; route and experts with int8 copies of the slabs besides; one op with a
+record; or the first with gradients for routers."""
+ROUTED: tuple[Form, ...] = ("routed", "int8")  # by an op of their own
 COPIED = ("q_up", "q_gate", "q_down", "scales", "unit")  # see kernels.int8.Copy
 
 

@@ -1,4 +1,4 @@
-"""Find blocks that read the same tokens, so that one first router layer can serve all of them.
+"""Find blocks that read the same tokens: one first router layer, and one launch, can serve all of them.
 
     h = relu(x router1^T)     scores_q = |h router2_q^T|     scores_k = |h router2_k^T|     ...
 
@@ -11,19 +11,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .base import Match
+from .canonicalize import View
+from .inplace import mutations, origin
+
+MOST = 4  # sites of one launch: Q, K, V and a feed-forward block beside them
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Which matches of a graph share a first router layer.
+    """What matches of a graph share: a first router layer, and calls that compute several of them.
 
     Attributes:
         leaders: for each match the index of the one whose layer it reads; its own for none.
         widths: R, the features of each one's layer.
+        routing: for each match the index of the one before which it is routed too; its own for none.
+            Empty where no match shares a call.
+        experts: the same of the call that runs its experts; those together are routed together.
     """
 
     leaders: tuple[int, ...]
     widths: tuple[int, ...]
+    routing: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
 
     def follows(self, index: int) -> bool:
         """Whether this match reads the layer of an earlier one."""
@@ -40,13 +49,15 @@ def same_inputs(
 ) -> tuple[int, ...]:
     """For each match the index of the first one that reads the same x as it does; its own without one.
 
-    Same: one node of one graph, features along the same axis, computed in the same dtype. alike(first,
-    later): whether two of these indices may go together besides.
+    Same: one node of one graph, not changed in place between them, features along the same axis, computed
+    in the same dtype. alike(first, later): whether two of these indices may go together besides.
     """
     firsts: dict[tuple[object, ...], list[int]] = {}
+    views: dict[int, View] = {}
     found = []
     for i, match in enumerate(matches):
-        known = firsts.setdefault(_input(match), [])
+        view = views.setdefault(id(match.captured), View(match.captured))
+        known = firsts.setdefault(_input(view, match), [])
         first = next((j for j in known if alike(j, i)), None)
         if first is None:
             known.append(i)
@@ -54,5 +65,22 @@ def same_inputs(
     return tuple(found)
 
 
-def _input(match: Match) -> tuple[object, ...]:
-    return id(match.captured), match.x, match.linears[-1].axis, match.dtype
+def _input(view: View, match: Match) -> tuple[object, ...]:
+    """What tells inputs apart: the node, how often it was changed before the block ends, and the rest."""
+    memory, end = origin(match.x), view.order[match.root]
+    changes = sum(what is memory and view.order[call] < end for call, what in mutations(view))
+    return id(match.captured), match.x, changes, match.linears[-1].axis, match.dtype
+
+
+def in_parts(leaders: Sequence[int], most: int = MOST) -> tuple[int, ...]:
+    """The same groups in parts of at most `most`, each led by its first."""
+    counts: dict[int, int] = {}
+    present: dict[int, int] = {}
+    found = []
+    for i, leader in enumerate(leaders):
+        count = counts.get(leader, 0)
+        if count % most == 0:
+            present[leader] = i
+        counts[leader] = count + 1
+        found.append(present[leader])
+    return tuple(found)

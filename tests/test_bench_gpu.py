@@ -83,7 +83,7 @@ def test_checks_of_the_whole_path(monkeypatch) -> None:
     )
     record = gpu_checks.measure(Dry())
     assert record["failed"] == {}
-    assert set(record["checks"]) == {"T8 ops", "T8 pairs", "T8 decode"}
+    assert set(record["checks"]) == {"T8 ops", "T8 beside", "T8 pairs", "T8 decode"}
     assert all(
         found["captured"] and found["right"] and found["same_bits"]
         for found in record["checks"].values()

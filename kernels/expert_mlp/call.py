@@ -227,13 +227,14 @@ class Call:
         hidden = new(spec.experts, rows, spec.size, dtype=dtype)
         counters = new(columns, dtype=torch.int32)
         parts = new(schedule.splits, rows, spec.out, dtype=torch.float32)
-        grid = (programs(self.rows.device, schedule.per_multiprocessor),)
         assert self.up is not None and self.down is not None
         up, gate, down, scales, unit = self.up, self.gate, self.down, None, None
         if self.copy is not None:
             up, gate, down, scales, unit = self.copy
         strides = up.stride(0), 0 if gate is None else gate.stride(0)
         others, tile = (self.b_up, self.b_gate, self.p, scales), schedule.up
+        units = spec.experts * -(-spec.size // tile.block_n)
+        grid = (min(units, programs(self.rows.device, schedule.per_multiprocessor)),)
         if one:
             launch(
                 self.kernels.decode_up_one, grid,

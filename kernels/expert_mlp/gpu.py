@@ -5,10 +5,12 @@ Four strategies lead to the same sums; `d2dcompile.gpu_blocks` says which, `gpu_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ...gpu_blocks import GpuSchedule
 from ...gpu_schedules import SHARE, choose
 from ...load import Load
 from .. import device, native
@@ -62,24 +64,40 @@ def run_with(
     copy: Copy | None,
     x: Tensor,
     lists: tuple[Tensor, Tensor, Tensor],
-    slabs: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    slabs: Sequence[Tensor | None],
     scalars: list[Tensor],
     activation: str,
 ) -> Tensor:
     """The block's output [..., D] from slabs and biases, and for few tokens from an int8 copy if given."""
-    w_up, w_gate, w_down, *_ = slabs
-    spec = spec_of(x, lists[1], w_up, w_gate, w_down, activation, int8=copy is not None)
-    rows = x.reshape(-1, spec.d).contiguous()
-    y = rows.new_empty(*x.shape[:-1], spec.out)
-    if len(rows):
-        weights = dict(zip(native.SLABS, slabs, strict=True))
-        expected = EXPECTED.get(w_up.data_ptr())
-        load = Load(len(rows), SHARE if expected is None else expected)
-        chosen = choose(spec, load, x.device, dense=expected is not None)
-        call = Call(spec, rows, lists, weights, scalars, y.view(-1, spec.out), copy)
+    y, call, chosen = prepare(x, lists, slabs, scalars, activation, copy)
+    if len(call.rows):
         with device.on(x.device):
             call.run(chosen)
     return y
+
+
+def prepare(
+    x: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    slabs: Sequence[Tensor | None],
+    scalars: list[Tensor],
+    activation: str,
+    copy: Copy | None = None,
+) -> tuple[Tensor, Call, GpuSchedule]:
+    """Room for an output [..., OUT], the call that fills it, and the schedule that it is to follow.
+
+    slabs: in the order of `native.SLABS`.
+    """
+    weights = dict(zip(native.SLABS, slabs, strict=True))
+    w_up, w_down = weights["w_up"], weights["w_down"]
+    assert w_up is not None and w_down is not None
+    spec = spec_of(x, lists[1], w_up, weights["w_gate"], w_down, activation, copy is not None)
+    rows = x.reshape(-1, spec.d).contiguous()
+    y = rows.new_empty(*x.shape[:-1], spec.out)
+    expected = EXPECTED.get(w_up.data_ptr())
+    load = Load(max(1, len(rows)), SHARE if expected is None else expected)
+    chosen = choose(spec, load, x.device, dense=expected is not None)
+    return y, Call(spec, rows, lists, weights, scalars, y.view(-1, spec.out), copy), chosen
 
 
 device.register(expert_mlp, run, accepts)

@@ -5,7 +5,8 @@
 tokens, offsets, slots: see kernels.dispatch. No atomics: lists are in token order, the same bits every
 time. Few tokens: `hidden_few` spreads W1 over the device, `route_few` does the rest in one program. Many:
 `route_many` per block of tokens, then `write_lists`, which needs the counts of the blocks before its own: it
-adds them up itself, or where they are many finds the sums that `add_up` made of them.
+adds them up itself, or where they are many finds the sums that `add_up` made of them. Sites that share W1
+read one result of `hidden_few`, or of `hidden_many` in `route_given`, to the bits of their own.
 """
 
 import triton
@@ -124,21 +125,9 @@ def route_few(
 
 
 @triton.jit
-def route_many(
-    x_ptr,
-    w1_ptr,
-    w2_ptr,
-    tau_ptr,
-    mask_ptr,  # [T, E] int8
-    counts_ptr,  # [blocks, E]
-    rows,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The mask of a block of tokens, and how often it chose each expert."""
-    block = tl.program_id(0)
-    offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_r, offs_e = tl.arange(0, R_PADDED), tl.arange(0, E_PADDED)
+def hidden_of(x_ptr, w1_ptr, offs_t, rows, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """relu(x W1^T) of a block of tokens, [BLOCK_T, R_PADDED] fp32."""
+    offs_r = tl.arange(0, R_PADDED)
     x_rows = x_ptr + offs_t.to(tl.int64)[:, None] * D
     acc = tl.zeros((BLOCK_T, R_PADDED), tl.float32)
     for k in range(0, D, BLOCK_K):
@@ -154,13 +143,78 @@ def route_many(
             other=0.0,
         )
         acc = tl.dot(x, tl.trans(w1), acc, input_precision=PRECISION)
-    hidden = tl.where(acc < 0, 0.0, acc)
-    scores = scores_of(hidden.to(w2_ptr.dtype.element_ty), w2_ptr)
+    return tl.where(acc < 0, 0.0, acc)
+
+
+@triton.jit
+def choose(hidden, w2_ptr, tau_ptr, mask_ptr, counts_ptr, block, offs_t, rows):
+    """Store the mask of a block of tokens, and how often it chose each expert."""
+    offs_e = tl.arange(0, E_PADDED)
+    scores = scores_of(hidden, w2_ptr)
     mask = gated(scores, offs_t, rows, tau_ptr)
     real = (offs_t < rows)[:, None] & (offs_e < E)[None, :]
     out = mask_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
     tl.store(out, mask.to(tl.int8), mask=real)
     tl.store(counts_ptr + block * E + offs_e, tl.sum(mask, 0), mask=offs_e < E)
+
+
+@triton.jit
+def route_many(
+    x_ptr,
+    w1_ptr,
+    w2_ptr,
+    tau_ptr,
+    mask_ptr,  # [T, E] int8
+    counts_ptr,  # [blocks, E]
+    rows,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The mask of a block of tokens, and how often it chose each expert."""
+    block = tl.program_id(0)
+    offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    hidden = hidden_of(x_ptr, w1_ptr, offs_t, rows, BLOCK_T, BLOCK_K)
+    hidden = hidden.to(w2_ptr.dtype.element_ty)
+    choose(hidden, w2_ptr, tau_ptr, mask_ptr, counts_ptr, block, offs_t, rows)
+
+
+@triton.jit
+def hidden_many(
+    x_ptr,
+    w1_ptr,
+    hidden_ptr,  # [T, R]
+    rows,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """relu(x W1^T) of a block of tokens, for the sites that share W1."""
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_r = tl.arange(0, R_PADDED)
+    hidden = hidden_of(x_ptr, w1_ptr, offs_t, rows, BLOCK_T, BLOCK_K)
+    out = hidden_ptr + offs_t.to(tl.int64)[:, None] * R + offs_r[None, :]
+    inside = (offs_t < rows)[:, None] & (offs_r < R)[None, :]
+    tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def route_given(
+    hidden_ptr,  # [T, R]
+    w2_ptr,
+    tau_ptr,
+    mask_ptr,  # [T, E] int8
+    counts_ptr,  # [blocks, E]
+    rows,
+    BLOCK_T: tl.constexpr,
+):
+    """What `route_many` makes, of given hidden values."""
+    block = tl.program_id(0)
+    offs_t, offs_r = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, R_PADDED)
+    hidden = tl.load(
+        hidden_ptr + offs_t.to(tl.int64)[:, None] * R + offs_r[None, :],
+        mask=(offs_t < rows)[:, None] & (offs_r < R)[None, :],
+        other=0.0,
+    )
+    choose(hidden, w2_ptr, tau_ptr, mask_ptr, counts_ptr, block, offs_t, rows)
 
 
 @triton.jit

@@ -27,10 +27,12 @@ from d2dcompile.kernels import aot
 from d2dcompile.kernels.dispatch import buffers
 from d2dcompile.kernels.dispatch import gpu as lists_gpu
 from d2dcompile.kernels.expert_mlp import call as block_call
+from d2dcompile.kernels.expert_mlps import gpu as beside_gpu
 from d2dcompile.kernels.launching import Launched, noting
 from d2dcompile.kernels.native import SLABS
 from d2dcompile.kernels.resources import Resources
 from d2dcompile.kernels.route import gpu as route_gpu
+from d2dcompile.kernels.routes import gpu as routes_gpu
 from d2dcompile.load import Load
 
 pytestmark = pytest.mark.triton
@@ -43,10 +45,14 @@ GLU = GpuSpec(4096, 4096, 112, 128, True, "silu(gate) * up")
 FFN = GpuSpec(768, 768, 24, 128, False, "gelu(up)")
 SMALL = replace(FFN, experts=96, size=32)
 INT8 = replace(GLU, int8=True)
+# Blocks in the place of the projections of grouped-query attention, Q and either of K and V.
+QKV = GpuSpec(4096, 4096, 16, 128, False, "relu(up)")
+KV = replace(QKV, out=1024, experts=6)
 DTYPES = {name: dtype for dtype, name in block_call.NAMES.items()}
 
 DECODE = [("decode", tokens) for tokens in (1, 16, 64)]
 MANY = [("pairs", 512), ("pairs", 4096)]  # the first one with weights first on Hopper
+BESIDE = [("beside", 1), ("beside", 64), ("shared", 64)]
 LISTS = [("routing", 1), ("routing", 64), ("routing", 4096), ("lists", 4096), ("sums", 4096)]
 CALLS: dict[str, list[tuple[str, GpuSpec, list[tuple[str, int]]]]] = {
     "sm_90": [
@@ -58,6 +64,7 @@ CALLS: dict[str, list[tuple[str, GpuSpec, list[tuple[str, int]]]]] = {
         ("ffn fp32", replace(FFN, dtype="fp32"), [("pairs", 4096)]),
         ("glu int8", INT8, DECODE),
         ("small int8", replace(SMALL, int8=True, dtype="fp16"), [("decode", 16)]),
+        ("qkv", QKV, [*BESIDE, ("shared", 4096)]),
     ],
     "sm_80": [
         ("glu", GLU, [*DECODE, *MANY, ("atomic", 4096), *LISTS[:3]]),
@@ -65,12 +72,18 @@ CALLS: dict[str, list[tuple[str, GpuSpec, list[tuple[str, int]]]]] = {
         ("small", SMALL, [("pairs", 512), ("atomic", 4096)]),
         ("ffn fp32", replace(FFN, dtype="fp32"), [("decode", 64)]),
         ("glu int8", INT8, [("decode", 64)]),
+        ("qkv", QKV, [("beside", 16)]),
     ],
-    "sm_100": [("glu", GLU, [("decode", 64), ("tma", 4096)]), ("glu int8", INT8, [("decode", 64)])],
+    "sm_100": [
+        ("glu", GLU, [("decode", 64), ("tma", 4096)]),
+        ("glu int8", INT8, [("decode", 64)]),
+        ("qkv", QKV, [("beside", 64)]),
+    ],
     "gfx942": [
         ("glu", GLU, [("decode", 1), ("decode", 64), ("pairs", 4096), ("routing", 64)]),
         ("small", SMALL, [("decode", 16), ("pairs", 512), ("atomic", 4096), ("lists", 4096)]),
         ("glu int8", INT8, [("decode", 16)]),
+        ("qkv", QKV, [("beside", 16)]),
     ],
 }
 
@@ -103,8 +116,21 @@ def routing(spec: GpuSpec, tokens: int) -> list[Launched]:
     return route_gpu.launches(spec.d, ROUTER, spec.experts, tokens, DTYPES[spec.dtype])
 
 
+def shared(spec: GpuSpec, tokens: int) -> list[Launched]:
+    """Routing of Q, K and V whose routers share their first layer."""
+    experts, reads = [spec.experts, KV.experts, KV.experts], [0, 0, 0]
+    return routes_gpu.launches(spec.d, [ROUTER], experts, reads, tokens, DTYPES[spec.dtype])
+
+
+def beside(spec: GpuSpec, tokens: int, gpu: Gpu) -> list[Launched]:
+    """Q, K and V of few tokens in one launch each of up and down."""
+    specs = [spec, KV, KV]
+    schedules = [of_strategy("decode", each, Load(tokens, SHARE), gpu) for each in specs]
+    return beside_gpu.launches(specs, tokens, schedules)
+
+
 OTHERS: dict[str, Callable[[GpuSpec, int], list[Launched]]] = {
-    "sums": sums, "lists": lists, "routing": routing,
+    "sums": sums, "lists": lists, "routing": routing, "shared": shared,
 }  # fmt: skip
 
 
@@ -123,9 +149,14 @@ class Case:
         return self.launched.name
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The launch's options; of several sites side by side those of the first."""
+        return {name.removesuffix("_0"): n for name, n in self.launched.options.items()}
+
+    @property
     def first(self) -> int:
         """Rows of the first operand of a product; 0 of a kernel without one."""
-        given, int8 = self.launched.options, self.spec.int8
+        given, int8 = self.options, self.spec.int8
         rows = {
             "up": given.get("BLOCK_N" if given.get("SWAP") else "BLOCK_M"),
             "down": given.get("BLOCK_N" if given.get("SWAP") else "BLOCK_M"),
@@ -134,6 +165,8 @@ class Case:
             "hidden_few": given.get("BLOCK_R"),
             "route_few": given.get("BLOCK_T"),
             "route_many": given.get("BLOCK_T"),
+            "hidden_many": given.get("BLOCK_T"),
+            "route_given": given.get("BLOCK_T"),
         }
         return rows.get(self.kernel, 0)
 
@@ -145,7 +178,7 @@ class Case:
     @property
     def weights(self) -> int:
         """Bytes of weights, or of rows where there are none, in a step of its main loop."""
-        given, spec = self.launched.options, self.spec
+        given, spec = self.options, self.spec
         n, k, j = (given.get(name, 0) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_J"))
         ups = 2 if spec.gated else 1
         values = {
@@ -156,6 +189,7 @@ class Case:
             "hidden_few": given.get("BLOCK_R", 0) * k,
             "route_few": padded(spec.experts) * ROUTER,
             "route_many": ROUTER * k,
+            "hidden_many": ROUTER * k,
             "pointwise": ups * given.get("BLOCK", 0),
         }
         streamed = spec.streamed if self.kernel.startswith("decode") else spec.itemsize
@@ -164,7 +198,7 @@ class Case:
     @property
     def result(self) -> int:
         """Bytes of a tile of its result in bf16 or the like; 0 where it is no tile of rows."""
-        given = self.launched.options
+        given = self.options
         m, n = given.get("BLOCK_M", 0), given.get("BLOCK_N", 0)
         values = {
             **{"up": m * n, "down": 0 if given.get("ATOMIC") else m * n, "combine": n, "finish": n},
@@ -183,6 +217,8 @@ def cases() -> list[Case]:
             for strategy, tokens in ways:
                 if strategy in OTHERS:
                     launches = OTHERS[strategy](spec, tokens)
+                elif strategy == "beside":
+                    launches = beside(spec, tokens, GPUS[target])
                 else:
                     chosen = schedule(strategy, spec, Load(tokens, SHARE), GPUS[target])
                     launches = block_call.launches(spec, tokens, chosen)
