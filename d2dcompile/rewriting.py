@@ -105,8 +105,9 @@ def shared(
     """Which matches share a first router layer in a graph: those that read one x and hold one router1.
 
     Both have to have one form, and one in which that layer can be shared: not "routed" or "int8", whose op
-    reads x, and "record" where rows need no padding. Those of the form "grouped" are also routed in one call
-    if they read one x, and their experts run in one if they compute the same function of weights of one dtype.
+    reads x, and "record" where rows need no padding. Those of the form "grouped" are also routed in one
+    call if they read one x, and their experts run in one if they compute the same function of weights of one
+    dtype.
     """
     kinds = [forms.get(found.site.name, "ops") for found in matches]
 
