@@ -87,13 +87,14 @@ def _(
     slots: Tensor,
     w_up: Tensor,
     w_gate: Any,
+    w_down: Tensor,
     *_: Any,
     **__: Any,
 ) -> int:
     """Recomputed up and gate, then two products per matrix."""
-    matrices = 2 if w_gate is None else 3
-    per_matrix = 2 * pairs(tokens, offsets) * w_up.numel() // (offsets.numel() - 1)
-    return (3 * matrices - 1) * per_matrix
+    ups = (1 if w_gate is None else 2) * w_up.numel()
+    weights = 3 * ups + 2 * w_down.numel()
+    return 2 * pairs(tokens, offsets) * weights // (offsets.numel() - 1)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -73,12 +73,13 @@ def _(
     slots: Tensor,
     w_up: Tensor,
     w_gate: Any,
+    w_down: Tensor,
     *_: Any,
     **__: Any,
 ) -> int:
     """Two FLOPs per multiply-add of the executed experts."""
-    matrices = 2 if w_gate is None else 3
-    return 2 * pairs(tokens, offsets) * matrices * w_up.numel() // (offsets.numel() - 1)
+    weights = (1 if w_gate is None else 2) * w_up.numel() + w_down.numel()
+    return 2 * pairs(tokens, offsets) * weights // (offsets.numel() - 1)
 
 
 from . import gpu as gpu  # noqa: E402  (registers the Triton implementation of the op above)
