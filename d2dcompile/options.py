@@ -33,9 +33,9 @@ class Options:
             first such call, with the token and the hidden values rounded to int8 too. Lossy: a block's
             output is a relative .01 to .02 off with random weights, .01 to .03 in MiniLM, at tau = 0 as
             well. On GPUs calls of up to 64 tokens do, weights alone being rounded, with one scale a neuron:
-            .01 to .02 off with random weights and in MiniLM. There copies are made when a graph is compiled
-            for inference, or first called with a site's weights. Routing, calls of more tokens, training,
-            and blocks that no such kernel runs are as without.
+            .01 to .02 off with random inputs. There copies are made when a graph is compiled for inference,
+            or first called with a site's weights. Routing, calls of more tokens, training, and blocks that
+            no such kernel runs are as without.
         trainable: whether the weights may change, as in fine-tuning; turns off the check that they
             are still those of the conversion.
     """

@@ -33,8 +33,10 @@ Part part_of(const Call& call, int64_t t0, int64_t t1) {
 }
 
 // In how many parts two-phase takes its tokens. Rows of x that the second-level cache does not hold are fetched from
-// farther away for every expert; in parts that it holds, each is fetched once, and the weights once a part.
+// farther away for every expert; in parts that it holds, each is fetched once, and the weights once a part. Tiles
+// compute so fast that reading weights again costs more.
 int64_t parts_of(const Call& call) {
+    if (call.tiles) return 1;
     static const int64_t room = cache_bytes() / 8 * 5;
     const int64_t parts = ceil_div(call.rows * KS * 4, room);
     int64_t used = 0;
@@ -199,12 +201,44 @@ void hidden_values(const Call& call, const Part& part, Team team) {
     });
 }
 
-// Outputs of a part's tokens: a thread takes strips of panels, and ranges of tokens, so that many find work.
+// Sums that a thread adds up in at once: what stays in the second-level cache beside weights and hidden values.
+int64_t sums_at_once() {
+    static const int64_t floats = cache_bytes() / 4 / 10 * 3;
+    return floats;
+}
+
+constexpr int64_t TILED_PANELS = std::min<int64_t>(NP, 4);  // that tiles add up at once
+
+// How the outputs of `rows` tokens are shared out: strips of panels, times ranges of tokens, as many for each thread.
+struct Shares {
+    int64_t strips, splits;
+};
+
+// Hidden values are read anew for each strip, from L3 or another core's cache where most experts run: short ranges let
+// all columns of a token go into one strip. An expert's panels are read anew for each range, and multiplied with OFTEN
+// of its rows or more.
+Shares shares_of(const Call& call, const Part& part, int64_t threads) {
+    constexpr int64_t OFTEN = 40, SHORTEST = 192;
+    if (call.tiles) {  // a panel is soon computed: it is read as rarely as can be
+        const int64_t strips = ceil_div(NP, std::clamp<int64_t>(NP / (2 * threads), 1, TILED_PANELS));
+        return {strips, strips >= 4 * threads ? 1 : ceil_div(4 * threads, strips)};
+    }
+    int64_t pairs = 0;
+    for (int64_t e = 0; e < E; ++e) pairs += part.count(e);
+    const int64_t range = std::max(SHORTEST, OFTEN * E * part.rows / std::max<int64_t>(1, pairs));
+    Shares shares{1, std::max<int64_t>(1, (part.rows + range / 2) / range)};
+    const int64_t sums = ceil_div(part.rows, shares.splits) * PANEL;  // of one panel
+    shares.strips = ceil_div(NP, std::clamp<int64_t>(sums_at_once() / sums, 1, NP));
+    while (shares.strips * shares.splits % threads) ++shares.splits;
+    return shares;
+}
+
 void outputs(const Call& call, const Part& part, Team team) {
+    if (part.rows == 0) return;
     const auto [me, n] = team;
+    const auto [strips, splits] = shares_of(call, part, n);
     lane* own = call.unpacked + me * (UP_LANES + PANEL_LANES);
-    const int64_t strips = ceil_div(NP, call.strip), splits = strips >= 4 * n ? 1 : ceil_div(4 * n, strips);
-    float* sums = call.outputs + me * call.rows * call.strip * PANEL;
+    float* sums = call.outputs + me * call.own_outputs;
     for (int64_t i = strips * splits * me / n; i < strips * splits * (me + 1) / n; ++i) {
         const int64_t p0 = i / splits * NP / strips, p1 = (i / splits + 1) * NP / strips, split = i % splits;
         const int64_t t0 = part.t0 + part.rows * split / splits, t1 = part.t0 + part.rows * (split + 1) / splits;

@@ -30,15 +30,14 @@ Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Li
     const int64_t own = GATHERED * APART, unpacked = site.packed ? 0 : UP_LANES + PANEL_LANES;
     const int64_t hidden = std::max<int64_t>(threads * GATHERED * HL, PLAIN ? 0 : rows * KS);
     const int64_t width = std::max(OV * LANE_VECTOR, PADDED_OUT);
-    // Where all experts run, hidden values come from L3: read once for four panels, their product was a fifth faster
-    // than read for each (one core of a Xeon); with fewer experts no difference was seen.
-    if (tiles) call.strip = std::clamp<int64_t>(NP / (2 * threads), 1, 4);
-    const int64_t outputs = std::max(rows * PANEL * (call.fused ? NP : call.strip), width);
+    const int64_t sums = rows * PANEL * (call.fused ? NP : tiles ? TILED_PANELS : 1);
+    const int64_t outputs = std::max({sums, call.fused ? 0 : sums_at_once(), width});
     const int64_t pairs = call.fused ? 0 : (AMX * TILE + (routes ? rows * E : lists.offsets[E])) * HL;
     const int64_t lanes = threads * (own + unpacked + outputs) + hidden + pairs + rows * (RL + EP);
     const int64_t ints = threads * E + rows * E + E + 1;
     if (!scratch.reserve(size_t(4 * (lanes + ints) + rows * E + 128 * 16))) return NO_MEMORY;
     call.own_lanes = own;
+    call.own_outputs = outputs;
     call.gathered = scratch.take<lane>(threads * own);
     call.unpacked = scratch.take<lane>(threads * unpacked);
     call.hidden = scratch.take<lane>(hidden);

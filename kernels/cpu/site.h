@@ -163,7 +163,6 @@ struct Call {
     Barrier barrier;
     Lists lists;
     const element* given;  // relu(x router1^T) [rows, R] where it is shared, or null
-    int64_t strip = 1;  // panels of columns that two-phase takes at once
     int64_t rows_at_once() const { return tiles ? PASS : GATHERED; }
     const float tau = tau_of(site);  // read once: threads that read another than their team's would wait for ever
     // scratch
@@ -173,7 +172,7 @@ struct Call {
     int32_t *counts = nullptr, *tokens = nullptr, *offsets = nullptr;
     float* outputs = nullptr;
     lane *gathered = nullptr, *unpacked = nullptr;
-    int64_t own_lanes = 0;
+    int64_t own_lanes = 0, own_outputs = 0;  // of each thread
 };
 
 // The rows of x as lanes, `stride` lanes apart: x itself, or a padded copy of an odd bf16 width.

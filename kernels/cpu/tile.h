@@ -123,7 +123,7 @@ INLINE void tile(const lane* a, int64_t lda, const lane* b, int64_t steps, Ahead
 
 // Steps whose products are summed in one go. Summed in order, a long fp32 row loses more bits than in libraries,
 // which sum it in blocks too; blocks near the square root of its length lose the fewest.
-constexpr int64_t RUN = PER_LANE == 1 ? 128 : INT64_MAX;
+constexpr int64_t RUN = PER_LANE == 1 ? 256 : INT64_MAX;
 
 // c[m][n] += the product, in sums of RUN steps.
 template <int M, int N>
