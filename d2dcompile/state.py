@@ -203,7 +203,7 @@ class State:
     def operands(self, form: Form = "ops") -> tuple[Tensor, ...]:
         """What the inserted nodes take, in the order of `operand_names`; views of the live weights.
 
-        With the form "int8" their copy besides, which graphs that record gradients have no operands for.
+        With the form "int8" their copy besides; no graph that records gradients has that form.
         While gradients are recorded the views are made anew, so that they lead back to the weights, and
         while the router learns, since copies of it in another dtype would not.
         """
@@ -326,8 +326,8 @@ class State:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the copies of the weights that kernels keep, 0 where they keep none."""
-        blocks = [block for _, block in self._prepared.values()]
-        copies = [copy for block in blocks for copy in (block.packed, block.quantised)]
+        prepared = (block for _, block in self._prepared.values())
+        copies = (copy for block in prepared for copy in (block.packed, block.quantised))
         return self.int8_bytes + sum(copy.nbytes for copy in copies if copy is not None)
 
     @property

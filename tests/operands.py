@@ -87,8 +87,8 @@ class Operands:
         return testing.rms(error) / testing.rms(exact)
 
     def dense(self) -> Tensor:
-        """The block without experts, in plain PyTorch and its own dtype."""
-        w = self.weights
+        """The block without experts, in plain PyTorch and its own dtype, of the weights that int8 stands for."""
+        w = dict(zip(self.weights, self.slabs(self.rows.dtype), strict=True))
         values = {"up": F.linear(self.rows, w["w_up"], w["b_up"])}
         if self.spec.gated:
             values["gate"] = F.linear(self.rows, w["w_gate"], w["b_gate"])

@@ -7,9 +7,9 @@ namespace {
 
 // A range of a call's tokens with the entries of the lists that are theirs.
 struct Part {
-    int64_t t0, rows;      // tokens [t0, t0 + rows)
+    int64_t t0, rows;           // tokens [t0, t0 + rows)
     int32_t first[E], last[E];  // expert e's entries [first, last)
-    int32_t place[E];      // where its hidden values begin, in rows
+    int32_t place[E];           // where its hidden values begin, in rows
     int64_t count(int64_t e) const { return last[e] - first[e]; }
     bool everywhere(int64_t e) const { return count(e) == rows; }
 };
@@ -34,8 +34,8 @@ Part part_of(const Call& call, int64_t t0, int64_t t1) {
 
 // In how many parts two-phase takes its tokens. Rows of x that the second-level cache does not hold are fetched from
 // farther away for every expert; in parts that it holds, each is fetched once, and the weights once a part. Those come
-// from memory: at as many bytes, five parts were a tenth slower than one (fp32, 2048/5632, two cores of a Xeon). Tiles
-// compute so fast that reading weights again always costs more.
+// from memory: at as many bytes, five parts were a tenth slower than one (fp32, 2048/5632, two cores of a Xeon). On tiles,
+// which compute some ten times as fast, parts and short ranges (below) were slower together (bf16, 788 tokens).
 int64_t parts_of(const Call& call) {
     if (call.tiles) return 1;
     static const int64_t room = cache_bytes() / 8 * 5;
@@ -220,7 +220,7 @@ struct Shares {
 // of its rows or more.
 Shares shares_of(const Call& call, const Part& part, int64_t threads) {
     constexpr int64_t OFTEN = 40, SHORTEST = 192;
-    if (call.tiles) {  // a panel is soon computed: it is read as rarely as can be
+    if (call.tiles) {  // a panel is soon computed: it is read rarely
         const int64_t strips = ceil_div(NP, std::clamp<int64_t>(NP / (2 * threads), 1, TILED_PANELS));
         return {strips, strips >= 4 * threads ? 1 : ceil_div(4 * threads, strips)};
     }
@@ -234,6 +234,7 @@ Shares shares_of(const Call& call, const Part& part, int64_t threads) {
     return shares;
 }
 
+// Outputs of a part's tokens, each from the sums of one thread over the experts in order.
 void outputs(const Call& call, const Part& part, Team team) {
     if (part.rows == 0) return;
     const auto [me, n] = team;

@@ -121,8 +121,9 @@ INLINE void tile(const lane* a, int64_t lda, const lane* b, int64_t steps, Ahead
     }
 }
 
-// Steps whose products are summed in one go. Summed in order, a long fp32 row loses more bits than in libraries,
-// which sum it in blocks too; blocks near the square root of its length lose the fewest.
+// Steps whose products are summed in one go. Summed in order, a long fp32 row loses more bits than in libraries, which
+// sum it in blocks too. Runs end in memory, as registers hold one set of sums: those of 32 steps lose the fewest bits
+// (rms 2.4e-7 of a block of 768/3072) and cost up to a tenth of the time, those of 256 lose 3.6e-7, eager's 5.3e-7.
 constexpr int64_t RUN = PER_LANE == 1 ? 256 : INT64_MAX;
 
 // c[m][n] += the product, in sums of RUN steps.
