@@ -87,7 +87,7 @@ class Operands:
         return testing.rms(error) / testing.rms(exact)
 
     def dense(self) -> Tensor:
-        """The block without experts, in plain PyTorch and its own dtype, of the weights that int8 stands for."""
+        """The block without experts in plain PyTorch and its own dtype, of the weights that int8 means."""
         w = dict(zip(self.weights, self.slabs(self.rows.dtype), strict=True))
         values = {"up": F.linear(self.rows, w["w_up"], w["b_up"])}
         if self.spec.gated:
