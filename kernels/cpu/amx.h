@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int TILE = 16;  // rows of a tile, and its steps
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 }  // namespace
 
@@ -71,19 +72,18 @@ public:
 };
 #endif
 
-// The factors of a product: rows of A `lda` lanes apart, steps of B `ldb` lanes apart, `steps` of both in each of
-// `parts`, which lie `a_apart` and `b_apart` lanes apart.
+// The factors of a product: 16 rows of A, `lda` lanes apart, from a[0] on and 16 more from a[1] on; steps of B `ldb` lanes
+// apart; `steps` of both in each of `parts`, which lie `a_apart` and `b_apart` lanes apart.
 struct Factors {
-    const lane* a;
+    const lane* a[2];
     int64_t lda;
     const lane* b;
     int64_t ldb, steps, parts = 1, a_apart = 0, b_apart = 0;
 };
 
-// c[16 M][32] = the product over whole chunks of 16 steps, for rows of A from r0 on and 16 more from r1 on. Calls
-// meanwhile() after each.
+// c[16 M][32] = the product over whole chunks of 16 steps. Calls meanwhile() after each.
 template <int M, class F>
-INLINE void tile_product(const Factors& of, int64_t r0, int64_t r1, Ahead ahead, float* c, F meanwhile) {
+INLINE void tile_product(const Factors& of, Ahead ahead, float* c, F meanwhile) {
     const int64_t lda = of.lda, ldb = of.ldb, chunks = of.steps / TILE;
     asm volatile("" ::: "memory");  // the instructions below do not say what they read and write
     TILE_ZERO(0);
@@ -93,7 +93,7 @@ INLINE void tile_product(const Factors& of, int64_t r0, int64_t r1, Ahead ahead,
         TILE_ZERO(3);
     }
     for (int64_t part = 0; part < of.parts; ++part) {
-        const lane *a0 = of.a + part * of.a_apart + r0 * lda, *a1 = a0 + (r1 - r0) * lda;
+        const lane *a0 = of.a[0] + part * of.a_apart, *a1 = of.a[1] + part * of.a_apart;
         const lane* b = of.b + part * of.b_apart;
         for (int64_t k = 0; k < chunks; ++k) {
             TILE_LOAD(6, b, ldb * 4);
@@ -123,64 +123,87 @@ INLINE void tile_product(const Factors& of, int64_t r0, int64_t r1, Ahead ahead,
     asm volatile("" ::: "memory");
 }
 
-// Calls f(m, r, r0, r1) for the tiles of `rows` rows: one of 16 rows from r0 on, or two from r0 and from r1 on; those
-// below r have been before. From 16 rows on none reaches beyond the last: tiles overlap instead.
-template <class F>
-INLINE void each_tile(int64_t rows, F f) {
-    const int64_t last = std::max<int64_t>(0, rows - TILE);
-    for (int64_t r = 0; r < rows; r += PASS) {
-        const int64_t r0 = std::min(r, last);
-        if (rows - r > TILE) f(std::integral_constant<int, 2>(), r, r0, std::min(r + TILE, last));
-        else f(std::integral_constant<int, 1>(), r, r0, r0);
-    }
-}
-
-// sum + the products of a row of A and the steps after the last whole chunk.
-__attribute__((noinline)) void last_steps(const Factors& of, int64_t row, vf (&c)[2]) {
-    for (int64_t part = 0; part < of.parts; ++part) {
-        const lane *a = of.a + part * of.a_apart + row * of.lda, *b = of.b + part * of.b_apart;
-        for (int64_t k = of.steps / TILE * TILE; k < of.steps; ++k) {
-            UNROLL for (int n = 0; n < 2; ++n) c[n] = mac(c[n], a + k, load_lanes(b + k * of.ldb + n * VL));
-        }
-    }
-}
-
-// For j in [0, count): the product of factors(j), 32 columns wide, for those of rows [r, rows) that these tiles have;
-// each row is given to write(j, row, sums). ahead(j) is fetched on the way. While tile registers compute one product,
-// vector registers write the one before.
-template <int M, class F, class P, class W>
-INLINE void tile_products(int64_t rows, int64_t r, int64_t r0, int64_t r1, int64_t count, F factors, P ahead,
-                          W write) {
-    if (count == 0) return;  // a thread without blocks
-    alignas(64) float sums[2][2 * TILE * WIDE];
-    const int64_t until = std::min(rows, r1 + TILE), middle = M == 1 ? until : r0 + TILE;
-    const auto finish = [&](int64_t j, const Factors& of, int64_t from, int64_t to) {
-        const bool more = of.steps % TILE != 0;
-        for (int half = 0; half < M; ++half) {
-            const int64_t first = half ? std::max(from, middle) : from, stop = half ? to : std::min(to, middle);
-            const float* sum = sums[j % 2] + (half ? TILE + first - r1 : first - r0) * WIDE;
-            for (int64_t row = first; row < stop; ++row, sum += WIDE) {
-                vf c[2] = {load(sum), load(sum + VL)};
-                if (more) last_steps(of, row, c);
-                write(j, row, c);
+// c += the products of the steps after the last whole chunk.
+template <int M>
+__attribute__((noinline)) void last_steps(const Factors& of, float* c) {
+    for (int64_t i = 0; i < M * TILE; ++i, c += WIDE) {
+        const lane* a = of.a[i / TILE] + i % TILE * of.lda;
+        vf sum[2] = {load(c), load(c + VL)};
+        for (int64_t part = 0; part < of.parts; ++part) {
+            const lane *from = a + part * of.a_apart, *b = of.b + part * of.b_apart;
+            for (int64_t k = of.steps / TILE * TILE; k < of.steps; ++k) {
+                UNROLL for (int n = 0; n < 2; ++n) sum[n] = mac(sum[n], from + k, load_lanes(b + k * of.ldb + n * VL));
             }
         }
-    };
-    Factors before{};
-    for (int64_t j = 0; j < count; ++j) {
-        const Factors of = factors(j);
-        const int64_t chunks = of.parts * (of.steps / TILE);
-        const int64_t some = j && chunks ? ceil_div(until - r, chunks) : 0;
-        int64_t done = r;
-        tile_product<M>(of, r0, r1, ahead(j), sums[j % 2], [&] {
-            const int64_t to = std::min(until, done + some);
-            if (done < to) finish(j - 1, before, done, to);
-            done = to;
-        });
-        if (j && !chunks) finish(j - 1, before, r, until);
-        before = of;
+        store(c, sum[0]);
+        store(c + VL, sum[1]);
     }
-    finish(count - 1, before, r, until);
+}
+
+// Tiles that pass over weights together: rows from tile[0] and from tile[1] on, of which [from, until) are wanted.
+struct Pass {
+    int64_t from, until, tile[2];
+};
+
+// Passes over `rows` rows, of two tiles each; the last one of one tile where that is enough. From 16 rows on none
+// reaches beyond the last: tiles overlap instead.
+struct Passes {
+    int64_t rows;
+    int64_t pairs() const { return (rows + TILE - 1) / PASS; }
+    INLINED Pass at(int64_t i) const {
+        const int64_t last = std::max<int64_t>(0, rows - TILE), r = i * PASS;
+        const int64_t first = std::min(r, last), second = i < pairs() ? std::min(r + TILE, last) : first;
+        return {r, std::min(rows, second + TILE), {first, second}};
+    }
+    // Calls f(m, i, count) for the passes of m tiles, `count` of them from pass i on.
+    template <class F>
+    INLINED void each(F f) const {
+        if (pairs()) f(std::integral_constant<int, 2>(), int64_t(0), pairs());
+        if (pairs() * PASS < rows) f(std::integral_constant<int, 1>(), pairs(), int64_t(1));
+    }
+};
+
+// What one product takes, the rows that it is for, and what to fetch on the way.
+struct Step {
+    Factors of;
+    Pass pass;
+    Ahead ahead;
+};
+
+// The products step(i), 32 columns wide, for i in [0, count); each row is given to the function that write(i) makes,
+// with its sums. While tile registers compute one product, vector registers write the one before and call also(). What
+// they do has to be short, as a core looks some hundred instructions ahead: all functions are inlined, and keep what
+// they know in registers.
+template <int M, class S, class W, class F>
+INLINE void tile_products(int64_t count, S step, W write, F also) {
+    if (count == 0) return;  // a thread without blocks
+    alignas(64) float sums[2][2 * TILE * WIDE];
+    const auto finish = [](auto writer, const float* sum, const Pass& pass, int64_t from, int64_t to) INLINED {
+        const int64_t middle = M == 1 ? pass.until : pass.tile[0] + TILE;
+        for (int64_t row = from; row < to; ++row) {
+            const float* at = sum + (row < middle ? row - pass.tile[0] : TILE + row - pass.tile[1]) * WIDE;
+            writer(row, load(at), load(at + VL));
+        }
+    };
+    Pass before{};
+    for (int64_t i = 0; i < count; ++i) {
+        const Step now = step(i);
+        const int64_t chunks = now.of.parts * (now.of.steps / TILE);
+        const int64_t some = chunks ? ceil_div(before.until - before.from, chunks) : 0;
+        const auto writer = write(std::max<int64_t>(i - 1, 0));
+        const float* sum = sums[(i + 1) % 2];
+        int64_t done = before.from;
+        tile_product<M>(now.of, now.ahead, sums[i % 2], [&]() INLINED {
+            const int64_t to = std::min(before.until, done + some);
+            finish(writer, sum, before, done, to);
+            done = to;
+            also();
+        });
+        finish(writer, sum, before, done, before.until);  // where there is no whole chunk
+        if (now.of.steps % TILE) last_steps<M>(now.of, sums[i % 2]);
+        before = now.pass;
+    }
+    finish(write(count - 1), sums[(count - 1) % 2], before, before.from, before.until);
 }
 
 }  // namespace

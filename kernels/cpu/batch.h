@@ -46,28 +46,42 @@ int64_t parts_of(const Call& call) {
     return pairs * KS > 2 * (parts - 1) * used * EXPERT_LANES ? parts : 1;
 }
 
-// Calls visit(e, b0, b1, next) for this thread's share of the chosen experts' blocks, in order of experts; `next`
-// is the chosen expert after e. Reading a block takes as long as computing STREAM rows with it.
+// Calls visit(e, b0, b1, next) for share `me` of `n` of the chosen experts' blocks, in order of experts; `next` is the
+// chosen expert after e. Reading a block takes as long as computing STREAM rows with it. Shares of several experts each
+// are whole experts, since every share of one copies its rows.
 template <class F>
 void share_blocks(const Part& part, Team team, F visit) {
     // 128 bytes a step at 19 GB/s a core, 2 products a row (Zen 4); tiles compute about ten times as fast.
     constexpr int64_t STREAM = AMX ? 128 : 12;
-    int64_t total = 0;
+    int64_t total = 0, used = 0;
     for (int64_t e = 0; e < E; ++e) {
-        if (const int64_t m = part.count(e)) total += std::max(STREAM, m) * NB;
+        if (const int64_t m = part.count(e)) total += std::max(STREAM, m) * NB, ++used;
     }
+    const bool whole = used >= 3 * team.n;
     const int64_t from = total * team.me / team.n, to = total * (team.me + 1) / team.n;
     int64_t at = 0;
     for (int64_t e = 0; e < E && at < to; ++e) {
         const int64_t m = part.count(e);
         if (m == 0) continue;
         const int64_t cost = std::max(STREAM, m);
-        const int64_t b0 = std::clamp<int64_t>(ceil_div(from - at, cost), 0, NB);
-        const int64_t b1 = std::clamp<int64_t>(ceil_div(to - at, cost), 0, NB);
+        int64_t b0 = std::clamp<int64_t>(ceil_div(from - at, cost), 0, NB);
+        int64_t b1 = std::clamp<int64_t>(ceil_div(to - at, cost), 0, NB);
+        if (whole) b0 = at < from ? NB : 0, b1 = NB;
         int64_t next = e + 1;
         while (next < E && part.count(next) == 0) ++next;
         if (b0 < b1) visit(e, b0, b1, next < E ? next : e);
         at += cost * NB;
+    }
+}
+
+// Calls f(i) for i in [0, count), which threads share out among them: each takes its own part in order, then what is
+// left of the others', as cores of shared machines differ in speed. taken: a counter of each thread, 0 at first.
+template <class F>
+void share_out(Taken* taken, Team team, int64_t count, F f) {
+    for (int i = 0; i < team.n; ++i) {
+        const int whose = (team.me + i) % team.n;
+        const int64_t first = count * whose / team.n, size = count * (whose + 1) / team.n - first;
+        for (int64_t next; (next = taken[whose].next.fetch_add(1, std::memory_order_relaxed)) < size;) f(first + next);
     }
 }
 
@@ -84,31 +98,23 @@ const lane* packed_panel(const Call& call, int64_t e, int64_t p, lane* own) {
     return own;
 }
 
-struct Rows {
-    const lane* first;
-    int64_t apart;  // lanes from one to the next
-};
-
-// `m` rows of expert e's list from entry r on: x itself where the expert takes every row, else a copy.
-Rows rows_for(const Call& call, const Part& part, int64_t e, int64_t r, int64_t m, lane* own) {
-    if (PLAIN && part.everywhere(e) && !(call.tiles && m < TILE)) {
-        return {as_lanes(call.x + (part.t0 + r - part.first[e]) * D), KS};
-    }
-    gather(call, call.lists.tokens + r, m, own, APART);
-    return {own, APART};
+// Row r of x as entry r of expert e's list, where it takes every row; else null.
+const lane* plain_rows(const Call& call, const Part& part, int64_t e, int64_t r, int64_t m) {
+    if (!PLAIN || !part.everywhere(e) || (call.tiles && m < TILE)) return nullptr;
+    return as_lanes(call.x + (part.t0 + r - part.first[e]) * D);
 }
 
 // h = hidden values of `m` rows of expert e's list from entry r on, for blocks [b0, b1).
 void up(const Call& call, const Part& part, int64_t e, int64_t r, int64_t m, const lane* packed, int64_t b0, int64_t b1,
         int64_t size, const lane* next, lane* gathered, element* h) {
-    const auto [a, apart] = rows_for(call, part, e, r, m, gathered);
+    const int32_t* tokens = call.lists.tokens + r;
+    const lane* plain = plain_rows(call, part, e, r, m);
 #if AMX
-    if (call.tiles) {
-        return up_chunk(call.site, a, apart, m, packed, b0, b1, size, next, h, HL * PER_LANE, r - part.first[e],
-                        part.count(e));
-    }
+    if (call.tiles) return up_tiles(call, plain, tokens, m, packed, b0, b1, size, next, gathered, h);
 #endif
-    up_rows(call.site, a, apart, m, packed, b0, b1, size, next, h, HL * PER_LANE);
+    if (!plain) gather_rows(call.x, tokens, m, gathered, APART);
+    const lane* a = plain ? plain : gathered;
+    up_rows(call.site, a, plain ? KS : APART, m, packed, b0, b1, size, next, h, HL * PER_LANE);
 }
 
 void run_fused(Call& call, Team team) {
@@ -126,8 +132,8 @@ void run_fused(Call& call, Team team) {
         const lane* after = packed + (call.site.packed ? (next - e) * EXPERT_LANES : 0);
         const int64_t s0 = b0 * BLOCK / PER_LANE, s1 = std::min<int64_t>(SS, b1 * BLOCK / PER_LANE);
         const int64_t start = part.first[e], stop = part.last[e];
-        for (int64_t r = start; r < stop; r += call.rows_at_once()) {
-            const int64_t m = std::min(call.rows_at_once(), stop - r);
+        for (int64_t r = start; r < stop; r += GATHERED) {
+            const int64_t m = std::min(GATHERED, stop - r);
             const int32_t* token = call.lists.tokens + r;
             up(call, part, e, r, m, packed, b0, b1, EXPERT_LANES * 4, after, gathered, h);
             for (int64_t p = 0; p < NP; ++p) {
@@ -171,7 +177,7 @@ int64_t down(const Call& call, const Part& part, int64_t e, int64_t p0, int64_t 
         while (next < std::min(E, e + ALIKE) && part.everywhere(e) && part.everywhere(next)) ++next;
         const lane* panel = packed_panel(call, e, p0, nullptr);
         const lane* after = panel + (next < E ? (next - e) * EXPERT_LANES : 0);
-        down_strip({h, HL, panel, PANEL, SS, next - e, part.rows * HL, EXPERT_LANES}, p1 - p0, until - from,
+        down_strip({{h, h}, HL, panel, PANEL, SS, next - e, part.rows * HL, EXPERT_LANES}, p1 - p0, until - from,
                    reinterpret_cast<const char*>(after), sums - t0 * ldy, from, ldy);
         return next;
     }
@@ -186,20 +192,25 @@ int64_t down(const Call& call, const Part& part, int64_t e, int64_t p0, int64_t 
     return next;
 }
 
-// Hidden values of a part's pairs, every thread those of its share of the blocks.
+constexpr int PIECES = 6;  // of each thread's share of the hidden values
+
+// Hidden values of a part's pairs.
 void hidden_values(const Call& call, const Part& part, Team team) {
     lane* gathered = call.gathered + team.me * call.own_lanes;
     lane* own = call.unpacked + team.me * (UP_LANES + PANEL_LANES);
-    share_blocks(part, team, [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
+    const auto visit = [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
         const lane* packed = packed_blocks(call, e, b0, b1, own);
         const lane* after = packed + (call.site.packed ? (next - e) * EXPERT_LANES : 0);
         const int64_t start = part.first[e], stop = part.last[e];
-        for (int64_t r = start; r < stop; r += call.rows_at_once()) {
-            const int64_t m = std::min(call.rows_at_once(), stop - r);
+        const int64_t once = call.tiles ? stop - start : GATHERED;
+        for (int64_t r = start; r < stop; r += once) {
+            const int64_t m = std::min(once, stop - r);
             up(call, part, e, r, m, packed, b0, b1, UP_LANES * 4, after, gathered,
                reinterpret_cast<element*>(call.pairs + (part.place[e] + r - start) * HL));
         }
-    });
+    };
+    const int pieces = team.n == 1 ? 1 : PIECES * team.n;
+    share_out(call.taken, team, pieces, [&](int64_t i) { share_blocks(part, Team{int(i), pieces}, visit); });
 }
 
 // Sums that a thread adds up in at once: what stays in the second-level cache beside weights and hidden values.
@@ -237,11 +248,10 @@ Shares shares_of(const Call& call, const Part& part, int64_t threads) {
 // Outputs of a part's tokens, each from the sums of one thread over the experts in order.
 void outputs(const Call& call, const Part& part, Team team) {
     if (part.rows == 0) return;
-    const auto [me, n] = team;
-    const auto [strips, splits] = shares_of(call, part, n);
-    lane* own = call.unpacked + me * (UP_LANES + PANEL_LANES);
-    float* sums = call.outputs + me * call.own_outputs;
-    for (int64_t i = strips * splits * me / n; i < strips * splits * (me + 1) / n; ++i) {
+    const auto [strips, splits] = shares_of(call, part, team.n);
+    lane* own = call.unpacked + team.me * (UP_LANES + PANEL_LANES);
+    float* sums = call.outputs + team.me * call.own_outputs;
+    share_out(call.taken + team.n, team, strips * splits, [&, strips = strips, splits = splits](int64_t i) {
         const int64_t p0 = i / splits * NP / strips, p1 = (i / splits + 1) * NP / strips, split = i % splits;
         const int64_t t0 = part.t0 + part.rows * split / splits, t1 = part.t0 + part.rows * (split + 1) / splits;
         const int64_t first = p0 * PANEL, ldy = (p1 - p0) * PANEL;
@@ -249,7 +259,7 @@ void outputs(const Call& call, const Part& part, Team team) {
         for (int64_t e = 0; e < E;) e = down(call, part, e, p0, p1, t0, t1, own + UP_LANES, sums);
         const int64_t width = std::min<int64_t>(ldy, OUT - first);
         for (int64_t t = t0; t < t1; ++t) write_row(call, t, first, width, sums + (t - t0) * ldy);
-    }
+    });
 }
 
 void run_two_phase(Call& call, Team team) {
@@ -257,8 +267,10 @@ void run_two_phase(Call& call, Team team) {
     for (int64_t i = 0; i < parts; ++i) {
         const Part part = part_of(call, call.rows * i / parts, call.rows * (i + 1) / parts);
         if (i) call.barrier.wait(team.n);  // until the hidden values of the part before are read
+        call.taken[team.n + team.me].next = 0;
         hidden_values(call, part, team);
         call.barrier.wait(team.n);
+        call.taken[team.me].next = 0;
         outputs(call, part, team);
     }
 }

@@ -10,7 +10,8 @@
 //              from an int8 copy where that is wanted.
 //   fused      few rows: every thread streams its share of the chosen experts' blocks once, up and down,
 //              into an output of its own; one reduction.
-//   two-phase  many rows: hidden values of all (token, expert) pairs first; then every thread owns columns.
+//   two-phase  many rows: hidden values of all (token, expert) pairs first; then columns of ranges of tokens, each
+//              summed by one thread, whichever is free.
 
 #include "batch.h"
 #include "decode_int8.h"
@@ -35,7 +36,10 @@ Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Li
     const int64_t pairs = call.fused ? 0 : (AMX * TILE + (routes ? rows * E : lists.offsets[E])) * HL;
     const int64_t lanes = threads * (own + unpacked + outputs) + hidden + pairs + rows * (RL + EP);
     const int64_t ints = threads * E + rows * E + E + 1;
-    if (!scratch.reserve(size_t(4 * (lanes + ints) + rows * E + 128 * 16))) return NO_MEMORY;
+    const size_t shared = 2 * size_t(threads) * sizeof(Taken);
+    if (!scratch.reserve(size_t(4 * (lanes + ints) + rows * E + 128 * 16) + shared)) return NO_MEMORY;
+    call.taken = scratch.take<Taken>(2 * threads);
+    for (int i = 0; i < 2 * threads; ++i) new (call.taken + i) Taken{};
     call.own_lanes = own;
     call.own_outputs = outputs;
     call.gathered = scratch.take<lane>(threads * own);

@@ -42,23 +42,80 @@ INLINE Ahead part(const char* from, int64_t bytes, int64_t i, int64_t tiles, int
 }
 
 #if AMX
-// As up_rows, on tiles: `done` of all `total` rows of these weights have been before. Where there are fewer than 16,
-// rows of A behind the last are read, and ignored.
-void up_chunk(const Site& site, const lane* a, int64_t lda, int64_t rows, const lane* packed, int64_t b0, int64_t b1,
-              int64_t size, const lane* next, element* h, int64_t ldh, int64_t done, int64_t total) {
-    const int64_t passes = ceil_div(total, PASS);
-    const auto block = [&](int64_t j) { return packed + (b0 + j) * BLOCK_LANES; };
-    const auto factors = [&](int64_t j) { return Factors{a, lda, block(j) + 2 * VL, 2 * VL, KS}; };
-    each_tile(rows, [&](auto m, int64_t r, int64_t r0, int64_t r1) {
-        const auto ahead = [&](int64_t j) {
-            const char* from = later(site, packed, (b0 + j) * BLOCK_LANES * 4, size, next, total);
-            return part(from, BLOCK_LANES * 4, (done + r) / PASS, passes, KS);
+// Rows of x one behind the other, for passes of tiles: each is copied while the one before is multiplied.
+class Gatherer {
+    static constexpr bool LINES = KS % VL == 0;
+    const element* x;
+    const int32_t* tokens;
+    int64_t rows, row = 0, step = 0;  // copied so far: rows, and steps of the next one
+    lane* ring;                       // of two passes
+
+    lane* place(int64_t r) const { return ring + r % (2 * PASS) * APART; }
+
+public:
+    INLINED Gatherer(const Call& call, const int32_t* tokens, int64_t rows, lane* ring)
+        : x(call.x), tokens(tokens), rows(rows), ring(ring) {}
+    INLINED const lane* tile(int64_t r) const { return place(r); }
+    // Copies the rows until `to`.
+    INLINED void finish(int64_t to) {
+        to = std::min(to, rows);
+        if (LINES) while (row < to) some(KS, to);
+        else if (row < to) gather_rows(x, tokens + row, to - row, place(row), APART), row = to;
+    }
+    // Copies up to `steps` of the next row before `to`.
+    INLINED void some(int64_t steps, int64_t to) {
+        if (!LINES || row >= std::min(to, rows)) return;
+        const int64_t next = std::min(row + 1, rows - 1), until = std::min(KS, step + steps);
+        const lane *from = as_lanes(x + tokens[row] * int64_t(D)), *ahead = as_lanes(x + tokens[next] * int64_t(D));
+        lane* to_row = place(row);
+        for (int64_t k = step; k < until; k += VL) {
+            __builtin_prefetch(ahead + k);
+            const vu line = load_lanes(from + k);
+            std::memcpy(to_row + k, &line, sizeof line);
+        }
+        step = until < KS ? until : 0;
+        row += until == KS;
+    }
+};
+
+// As up_rows, on tiles, for rows of the list `tokens`: x itself from `plain` on, or copied into `ring` if that is null.
+// Where there are fewer than 16, rows of A behind the last are read, and ignored.
+void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_t rows, const lane* packed, int64_t b0,
+              int64_t b1, int64_t size, const lane* next, lane* ring, element* h) {
+    constexpr int64_t LDH = HL * PER_LANE;
+    const Site& site = call.site;
+    const float* scalars = site.scalars;
+    const Passes passes{rows};
+    const int64_t blocks = b1 - b0, all = ceil_div(rows, PASS);
+    Gatherer gatherer(call, tokens, plain ? 0 : rows, ring);
+    const auto block = [=](int64_t i) INLINED { return packed + (b0 + i % blocks) * BLOCK_LANES; };
+    const auto write = [=](int64_t i) INLINED {
+        const lane* from = block(i);
+        const int64_t first = (b0 + i % blocks) * BLOCK;
+        const vf bias[2] = {(vf)load_lanes(from), (vf)load_lanes(from + VL)};
+        return [=](int64_t row, vf one, vf other) INLINED {
+            const vf c[2] = {one + bias[0], other + bias[1]};
+            store_hidden(c, scalars, h + row * LDH + first, int(std::min<int64_t>(BLOCK, S - first)));
         };
-        tile_products<m()>(rows, r, r0, r1, b1 - b0, factors, ahead, [&](int64_t j, int64_t row, vf (&c)[2]) {
-            UNROLL for (int n = 0; n < 2; ++n) c[n] += (vf)load_lanes(block(j) + n * VL);
-            const int64_t b = b0 + j;
-            store_hidden(c, site.scalars, h + row * ldh + b * BLOCK, int(std::min<int64_t>(BLOCK, S - b * BLOCK)));
-        });
+    };
+    passes.each([&](auto m, int64_t start, int64_t count) {
+        int64_t until = 0;  // what is copied meanwhile
+        const auto step = [&](int64_t i) INLINED {
+            const int64_t p = start + i / blocks;
+            const Pass pass = passes.at(p);
+            gatherer.finish(pass.from + PASS);
+            until = pass.from + 2 * PASS;
+            const char* from = later(site, packed, (b0 + i % blocks) * BLOCK_LANES * 4, size, next, rows);
+            const lane* a = plain ? plain + pass.tile[0] * KS : gatherer.tile(pass.from);
+            const int64_t lda = plain ? KS : APART;
+            const int64_t second = plain ? pass.tile[1] - pass.tile[0] : TILE;
+            return Step{{{a, a + second * lda}, lda, block(i) + 2 * VL, 2 * VL, KS},
+                        plain ? pass : Pass{pass.from, pass.until, {pass.from, pass.from + TILE}},
+                        part(from, BLOCK_LANES * 4, p, all, KS)};
+        };
+        const int64_t pieces = std::max<int64_t>(1, blocks * (KS / TILE) / PASS);  // of a row
+        const int64_t steps = ceil_div(KS / VL, pieces) * VL;
+        tile_products<m()>(count * blocks, step, write, [&]() INLINED { gatherer.some(steps, until); });
     });
 }
 #endif
@@ -100,18 +157,26 @@ __attribute__((noinline)) void down_tile(
 // As down_rows, on tiles: y[token[r]] += h[r] W_down for `panels` panels, of.b being the first of them.
 void down_strip(const Factors& of, int64_t panels, int64_t rows, const char* from, float* y, const int32_t* token,
                 int64_t ldy) {
-    const int64_t passes = ceil_div(rows, PASS), steps = of.parts * of.steps, bytes = steps * WIDE * 4;
-    const auto factors = [&](int64_t half) {
-        Factors one = of;
-        one.b += half / 2 * PANEL_LANES + half % 2 * WIDE;
-        return one;
-    };
-    each_tile(rows, [&](auto m, int64_t r, int64_t r0, int64_t r1) {
-        const auto ahead = [&](int64_t half) { return part(from + half * bytes, bytes, r / PASS, passes, steps); };
-        tile_products<m()>(rows, r, r0, r1, 2 * panels, factors, ahead, [&](int64_t half, int64_t row, vf (&c)[2]) {
-            float* to = y + token[row] * ldy + half * WIDE;
-            UNROLL for (int n = 0; n < 2; ++n) store(to + n * VL, load(to + n * VL) + c[n]);
-        });
+    const int64_t steps = of.parts * of.steps, bytes = steps * WIDE * 4, halves = 2 * panels;
+    const Passes passes{rows};
+    const int64_t all = ceil_div(rows, PASS);
+    passes.each([&](auto m, int64_t start, int64_t count) {
+        const auto step = [=](int64_t i) INLINED {
+            const int64_t p = start + i / halves, half = i % halves;
+            Step step{of, passes.at(p), part(from + half * bytes, bytes, p, all, steps)};
+            for (int t = 0; t < 2; ++t) step.of.a[t] = of.a[0] + step.pass.tile[t] * of.lda;
+            step.of.b += half / 2 * PANEL_LANES + half % 2 * WIDE;
+            return step;
+        };
+        const auto write = [=](int64_t i) INLINED {
+            float* first = y + i % halves * WIDE;
+            return [=](int64_t row, vf one, vf other) INLINED {
+                float* to = first + token[row] * ldy;
+                store(to, load(to) + one);
+                store(to + VL, load(to + VL) + other);
+            };
+        };
+        tile_products<m()>(count * halves, step, write, []() INLINED {});
     });
 }
 #endif
@@ -120,7 +185,7 @@ void down_strip(const Factors& of, int64_t panels, int64_t rows, const char* fro
 void down_rows(bool on_tiles, const lane* h, int64_t ldh, int64_t rows, const lane* panel, int64_t steps,
                const char* from, float* y, const int32_t* token, int64_t ldy) {
 #if AMX
-    if (on_tiles && steps >= TILE) return down_strip({h, ldh, panel, PANEL, steps}, 1, rows, from, y, token, ldy);
+    if (on_tiles && steps >= TILE) return down_strip({{h, h}, ldh, panel, PANEL, steps}, 1, rows, from, y, token, ldy);
 #endif
     const int64_t tiles = ceil_div(rows, DN_M);
     for (int64_t i = 0, r = 0; i < tiles; ++i) {

@@ -25,17 +25,25 @@ void router_product(Layer layer, bool on_tiles, const lane* a, int64_t lda, int6
     const int64_t rows = r1 - r0, tiles = ceil_div(rows, UP_M);
 #if AMX
     if (on_tiles && rows >= TILE) {
-        const auto factors = [&](int64_t j) {
-            return Factors{a + r0 * lda, lda, b + (b0 + j) * steps * 2 * VL, 2 * VL, steps};
-        };
-        each_tile(rows, [&](auto m, int64_t r, int64_t first, int64_t second) {
-            const auto ahead = [&](int64_t j) {  // read once, kept for all rows
-                return Ahead{reinterpret_cast<const char*>(factors(j).b) + 4096, r ? 0 : 2 * VL * 4};
+        const Passes passes{rows};
+        const int64_t blocks = b1 - b0;
+        passes.each([&](auto m, int64_t start, int64_t count) {
+            const auto step = [=](int64_t i) INLINED {
+                const int64_t p = start + i / blocks;
+                const Pass pass = passes.at(p);
+                const lane *first = a + (r0 + pass.tile[0]) * lda, *second = a + (r0 + pass.tile[1]) * lda;
+                const lane* weights = b + (b0 + i % blocks) * steps * 2 * VL;
+                // read once, kept for all rows
+                const Ahead ahead{reinterpret_cast<const char*>(weights) + 4096, p ? 0 : 2 * VL * 4};
+                return Step{{{first, second}, lda, weights, 2 * VL, steps}, pass, ahead};
             };
-            const auto write = [&](int64_t j, int64_t row, vf (&c)[2]) {
-                store_scores(layer, c, to + (r0 + row) * ld + (b0 + j) * 2 * VL);
+            const auto write = [=](int64_t i) INLINED {
+                return [=](int64_t row, vf one, vf other) INLINED {
+                    const vf c[2] = {one, other};
+                    store_scores(layer, c, to + (r0 + row) * ld + (b0 + i % blocks) * 2 * VL);
+                };
             };
-            tile_products<m()>(rows, r, first, second, b1 - b0, factors, ahead, write);
+            tile_products<m()>(count * blocks, step, write, []() INLINED {});
         });
         return;
     }
@@ -93,7 +101,7 @@ void route_hidden(Call& call, Team team, int64_t r0, int64_t r1) {
         if (me == 0) {
             for (int64_t r = 0; r < rows; ++r) {
                 const int32_t t = int32_t(r);
-                gather(call, &t, 1, call.hidden + r * KS, KS);
+                gather_rows(call.x, &t, 1, call.hidden + r * KS, KS);
             }
         }
         call.barrier.wait(n);

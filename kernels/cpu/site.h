@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <new>
 #include <type_traits>
 
 namespace {
@@ -46,7 +47,7 @@ constexpr int64_t PASS = AMX ? 32 : UP_M;  // rows that pass over weights at onc
 // Lanes from one gathered row to the next: where rows lie a multiple of 2 KB apart, their lanes of one step drive each
 // other out of the first-level cache.
 constexpr int64_t APART = KS + (KS * 4 % 2048 == 0 ? VL : 0);
-constexpr int64_t GATHERED = std::max<int64_t>(PASS, (int64_t(1) << 20) / (4 * KS) / UP_M * UP_M);
+constexpr int64_t GATHERED = std::max<int64_t>(AMX ? 2 * PASS : PASS, (int64_t(1) << 20) / (4 * KS) / UP_M * UP_M);
 constexpr int64_t CHUNK = 2048;  // rows taken at once by two-phase
 
 // What a call needs beside x, as 64-bit integers: addresses, strides in elements. The same as FIELDS in
@@ -137,6 +138,11 @@ INLINE lane lane_at(const element* row, int64_t step, int64_t size) {
     return bits;
 }
 
+// How much of a thread's share is taken, alone in its line of the cache.
+struct alignas(64) Taken {
+    std::atomic<int64_t> next;
+};
+
 // A thread's number, and how many there are.
 struct Team {
     int me, n;
@@ -163,7 +169,6 @@ struct Call {
     Barrier barrier;
     Lists lists;
     const element* given;  // relu(x router1^T) [rows, R] where it is shared, or null
-    int64_t rows_at_once() const { return tiles ? PASS : GATHERED; }
     const float tau = tau_of(site);  // read once: threads that read another than their team's would wait for ever
     // scratch
     lane *hidden = nullptr, *pairs = nullptr;
@@ -173,15 +178,16 @@ struct Call {
     float* outputs = nullptr;
     lane *gathered = nullptr, *unpacked = nullptr;
     int64_t own_lanes = 0, own_outputs = 0;  // of each thread
+    Taken* taken = nullptr;  // of hidden values by each thread, then of outputs
 };
 
 // The rows of x as lanes, `stride` lanes apart: x itself, or a padded copy of an odd bf16 width.
 constexpr bool PLAIN = D % PER_LANE == 0;
 
-void gather(const Call& call, const int32_t* token, int64_t rows, lane* to, int64_t apart) {
+void gather_rows(const element* x, const int32_t* token, int64_t rows, lane* to, int64_t apart) {
     for (int64_t r = 0; r < rows; ++r) {
-        const element* from = call.x + token[r] * int64_t(D);
-        const char* ahead = reinterpret_cast<const char*>(call.x + token[std::min(r + 2, rows - 1)] * int64_t(D));
+        const element* from = x + token[r] * int64_t(D);
+        const char* ahead = reinterpret_cast<const char*>(x + token[std::min(r + 2, rows - 1)] * int64_t(D));
         for (int64_t i = 0; i < D * int64_t(sizeof(element)); i += 64) __builtin_prefetch(ahead + i);
         if (!PLAIN) to[r * apart + KS - 1] = 0;
         std::memcpy(to + r * apart, from, D * sizeof(element));
