@@ -81,7 +81,7 @@ struct Factors {
     int64_t ldb, steps, parts = 1, a_apart = 0, b_apart = 0;
 };
 
-// c[16 M][32] = the product over whole chunks of 16 steps. Calls meanwhile() after each.
+// c[16 M][32] = the product over whole chunks of 16 steps. Calls meanwhile() with the first row of each.
 template <int M, class F>
 INLINE void tile_product(const Factors& of, Ahead ahead, float* c, F meanwhile) {
     const int64_t lda = of.lda, ldb = of.ldb, chunks = of.steps / TILE;
@@ -111,7 +111,7 @@ INLINE void tile_product(const Factors& of, Ahead ahead, float* c, F meanwhile) 
             a0 += TILE;
             a1 += TILE;
             b += TILE * ldb;
-            meanwhile();
+            meanwhile(a0 - TILE);
         }
     }
     TILE_STORE(0, c, WIDE * 4);
@@ -171,7 +171,8 @@ struct Step {
 };
 
 // The products step(i), 32 columns wide, for i in [0, count); each row is given to the function that write(i) makes,
-// with its sums. While tile registers compute one product, vector registers write the one before and call also(). What
+// with its sums. While tile registers compute one product, vector registers write the one before, and also(i, a) is called
+// with the place in A. What
 // they do has to be short, as a core looks some hundred instructions ahead: all functions are inlined, and keep what
 // they know in registers.
 template <int M, class S, class W, class F>
@@ -193,11 +194,11 @@ INLINE void tile_products(int64_t count, S step, W write, F also) {
         const auto writer = write(std::max<int64_t>(i - 1, 0));
         const float* sum = sums[(i + 1) % 2];
         int64_t done = before.from;
-        tile_product<M>(now.of, now.ahead, sums[i % 2], [&]() INLINED {
+        tile_product<M>(now.of, now.ahead, sums[i % 2], [&](const lane* a) INLINED {
             const int64_t to = std::min(before.until, done + some);
             finish(writer, sum, before, done, to);
             done = to;
-            also();
+            also(i, a);
         });
         finish(writer, sum, before, done, before.until);  // where there is no whole chunk
         if (now.of.steps % TILE) last_steps<M>(now.of, sums[i % 2]);

@@ -232,8 +232,8 @@ struct Shares {
 Shares shares_of(const Call& call, const Part& part, int64_t threads) {
     constexpr int64_t OFTEN = 40, SHORTEST = 192;
     if (call.tiles) {  // a panel is soon computed: it is read rarely
-        const int64_t strips = ceil_div(NP, std::clamp<int64_t>(NP / (2 * threads), 1, TILED_PANELS));
-        return {strips, strips >= 4 * threads ? 1 : ceil_div(4 * threads, strips)};
+        const int64_t strips = ceil_div(NP, std::clamp<int64_t>(NP / (3 * threads), 1, TILED_PANELS));
+        return {strips, strips >= 2 * threads ? 1 : ceil_div(4 * threads, strips)};
     }
     int64_t pairs = 0;
     for (int64_t e = 0; e < E; ++e) pairs += part.count(e);

@@ -37,7 +37,7 @@ Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Li
     const int64_t lanes = threads * (own + unpacked + outputs) + hidden + pairs + rows * (RL + EP);
     const int64_t ints = threads * E + rows * E + E + 1;
     const size_t shared = 2 * size_t(threads) * sizeof(Taken);
-    if (!scratch.reserve(size_t(4 * (lanes + ints) + rows * E + 128 * 16) + shared)) return NO_MEMORY;
+    if (!scratch.reserve(size_t(4 * (lanes + ints) + rows * EP + 128 * 16) + shared)) return NO_MEMORY;
     call.taken = scratch.take<Taken>(2 * threads);
     for (int i = 0; i < 2 * threads; ++i) new (call.taken + i) Taken{};
     call.own_lanes = own;
@@ -48,7 +48,7 @@ Status run_rows(const Site& site, const element* x, element* y, int64_t rows, Li
     call.outputs = scratch.take<float>(threads * outputs);
     call.routed = scratch.take<element>(rows * RL * PER_LANE);
     call.scores = scratch.take<element>(rows * EP);
-    call.mask = scratch.take<uint8_t>(rows * E);
+    call.mask = scratch.take<uint8_t>(rows * EP);
     call.counts = scratch.take<int32_t>(threads * E);
     call.tokens = scratch.take<int32_t>(rows * E);
     call.offsets = scratch.take<int32_t>(E + 1);

@@ -115,7 +115,7 @@ void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_
         };
         const int64_t pieces = std::max<int64_t>(1, blocks * (KS / TILE) / PASS);  // of a row
         const int64_t steps = ceil_div(KS / VL, pieces) * VL;
-        tile_products<m()>(count * blocks, step, write, [&]() INLINED { gatherer.some(steps, until); });
+        tile_products<m()>(count * blocks, step, write, [&](int64_t, const lane*) INLINED { gatherer.some(steps, until); });
     });
 }
 #endif
@@ -176,7 +176,14 @@ void down_strip(const Factors& of, int64_t panels, int64_t rows, const char* fro
                 store(to + VL, load(to + VL) + other);
             };
         };
-        tile_products<m()>(count * halves, step, write, []() INLINED {});
+        // Hidden values come from L3 or another core, farther than a core looks ahead: those of the next pass are fetched.
+        const auto fetch = [=](int64_t i, const lane* a) INLINED {
+            const int64_t half = i % halves;
+            for (int64_t row = PASS * half / halves; row < PASS * (half + 1) / halves; ++row) {
+                __builtin_prefetch(a + (PASS + row) * of.lda, 0, 2);
+            }
+        };
+        tile_products<m()>(count * halves, step, write, fetch);
     });
 }
 #endif

@@ -43,7 +43,7 @@ void router_product(Layer layer, bool on_tiles, const lane* a, int64_t lda, int6
                     store_scores(layer, c, to + (r0 + row) * ld + (b0 + i % blocks) * 2 * VL);
                 };
             };
-            tile_products<m()>(count * blocks, step, write, []() INLINED {});
+            tile_products<m()>(count * blocks, step, write, [](int64_t, const lane*) INLINED {});
         });
         return;
     }
@@ -60,15 +60,29 @@ void router_product(Layer layer, bool on_tiles, const lane* a, int64_t lda, int6
     }
 }
 
-// mask[e] = not (scores[e] < tau max_j scores[j]): a NaN is not compared and keeps its expert.
+typedef uint8_t bytes __attribute__((vector_size(VL)));
+
+// mask[e] = not (scores[e] < tau max_j scores[j]), 0 from E on: a NaN is not compared and keeps its expert.
 void gate_row(const element* scores, float tau, uint8_t* mask) {
-    float most = -1;  // of nothing but NaN
-    for (int64_t e = 0; e < E; ++e) {
-        const float s = to_float(scores[e]);
-        most = s > most ? s : most;
+    vf larger = splat(-1);  // of nothing but NaN
+    for (int64_t e = 0; e < EP; e += VL) larger = at_least(larger, load_elements(scores + e));
+    float most = larger[0];
+    for (int i = 1; i < VL; ++i) most = std::max(most, larger[i]);
+    const vf limit = splat(tau * most);
+    for (int64_t e = 0; e < EP; e += VL) {
+        const bytes kept = __builtin_convertvector(~(load_elements(scores + e) < limit), bytes) & 1;
+        std::memcpy(mask + e, &kept, sizeof kept);
     }
-    const float limit = tau * most;
-    for (int64_t e = 0; e < E; ++e) mask[e] = !(to_float(scores[e]) < limit);
+    std::fill(mask + E, mask + EP, uint8_t(0));
+}
+
+// Calls f(e) for the experts of a mask.
+template <class F>
+INLINE void each_kept(const uint8_t* mask, F f) {
+    for (int64_t first = 0; first < EP; first += 8) {
+        uint64_t kept;
+        for (std::memcpy(&kept, mask + first, sizeof kept); kept; kept &= kept - 1) f(first + __builtin_ctzll(kept) / 8);
+    }
 }
 
 // Where tau is 0 everything runs, whatever the scores are: not (s < 0 max) holds for all s >= 0 and for NaN. So it
@@ -127,7 +141,7 @@ void route(Call& call, Team team) {
     int32_t* counts = call.counts + me * E;
     std::fill(counts, counts + E, 0);
     for (int64_t r = r0; r < r1; ++r) {
-        uint8_t* mask = call.mask + r * E;
+        uint8_t* mask = call.mask + r * EP;
         gate_row(call.scores + r * EP, call.tau, mask);
         if (site.forced) std::memcpy(mask, site.forced + r % site.forced_rows * E, E);
         for (int64_t e = 0; e < E; ++e) counts[e] += mask[e];
@@ -145,10 +159,7 @@ void route(Call& call, Team team) {
     }
     if (me == 0) call.offsets[E] = total;
     for (int64_t r = r0; r < r1; ++r) {
-        const uint8_t* mask = call.mask + r * E;
-        for (int64_t e = 0; e < E; ++e) {
-            if (mask[e]) call.tokens[place[e]++] = int32_t(r);
-        }
+        each_kept(call.mask + r * EP, [&](int64_t e) { call.tokens[place[e]++] = int32_t(r); });
     }
     call.barrier.wait(n);
 }

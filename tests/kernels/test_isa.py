@@ -22,9 +22,9 @@ SPECS = (
     native.Spec(64, 35, 6, 24, 30, False, False, "gelu(up)"),
     native.Spec(97, 35, 7, 5, 30, True, True, "silu(gate) * up"),
 )
-# Widths of whole chunks of 32 values, and with rests, at which tile registers are used.
+# Widths of whole chunks of 32 values, of which a row is copied in two pieces, and with rests.
 TILED = (
-    native.Spec(96, 70, 5, 64, 32, False, True, "gelu(up)"),
+    native.Spec(1056, 70, 5, 64, 32, False, True, "gelu(up)"),
     native.Spec(97, 130, 4, 48, 70, True, True, "silu(gate) * up"),
 )
 AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma")
