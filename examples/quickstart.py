@@ -163,7 +163,7 @@ def check_reload(model: Any, conversion: d2d.Conversion, task: Task, folder: Pat
     conversion.save(folder / "conversion")
     d2d.set_tau(model, CHECK_TAU)
     torch._dynamo.reset()
-    batch = dict(task.documents[0])
+    batch = dict(task.documents[-1])  # as it was timed: that graph is compiled already
     with torch.inference_mode():
         expected = torch.compile(model, backend="d2dmoe", fullgraph=True)(**batch).last_hidden_state
     save_file({**batch, "expected": expected.contiguous()}, folder / "check.safetensors")

@@ -34,7 +34,7 @@ from experiments.lab.methods import on
 from experiments.vit import QUICK, Sizes, Stages, digits
 
 EXPERT_SIZES = (4, 8, 16, 32, 64, 256)
-L1 = (0.1, 0.3, 1.0, 3.0, 10.0)  # weights to choose from, in Hoyer's
+L1 = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # weights to choose from, in Hoyer's
 TAUS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 
 

@@ -119,7 +119,8 @@ def _nvidia(kernel: Any, log: str) -> tuple[dict[str, int], dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        # Without an analysis of branches, which counts do not need.
+        command = [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return sass.ptxas_figures(log), sass.sass_counts(text)
 
