@@ -47,17 +47,17 @@ int64_t parts_of(const Call& call) {
 }
 
 // Calls visit(e, b0, b1, next) for share `me` of `n` of the chosen experts' blocks, in order of experts; `next` is the
-// chosen expert after e. Reading a block takes as long as computing STREAM rows with it. Shares of several experts each
-// are whole experts, since every share of one copies its rows.
+// chosen expert after e. Reading a block takes as long as computing STREAM rows with it. whole: shares of several experts
+// each are of whole ones, since every share of an expert copies its rows.
 template <class F>
-void share_blocks(const Part& part, Team team, F visit) {
+void share_blocks(const Part& part, Team team, bool whole, F visit) {
     // 128 bytes a step at 19 GB/s a core, 2 products a row (Zen 4); tiles compute about ten times as fast.
     constexpr int64_t STREAM = AMX ? 128 : 12;
     int64_t total = 0, used = 0;
     for (int64_t e = 0; e < E; ++e) {
         if (const int64_t m = part.count(e)) total += std::max(STREAM, m) * NB, ++used;
     }
-    const bool whole = used >= 3 * team.n;
+    whole = whole && used >= 3 * team.n;
     const int64_t from = total * team.me / team.n, to = total * (team.me + 1) / team.n;
     int64_t at = 0;
     for (int64_t e = 0; e < E && at < to; ++e) {
@@ -127,7 +127,7 @@ void run_fused(Call& call, Team team) {
     element* h = reinterpret_cast<element*>(call.hidden + me * GATHERED * HL);
     std::fill(sums, sums + rows * WIDTH, 0.0f);
     const Part part = part_of(call, 0, rows);
-    share_blocks(part, team, [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
+    share_blocks(part, team, false, [&](int64_t e, int64_t b0, int64_t b1, int64_t next) {
         const lane* packed = packed_blocks(call, e, b0, b1, own);
         const lane* after = packed + (call.site.packed ? (next - e) * EXPERT_LANES : 0);
         const int64_t s0 = b0 * BLOCK / PER_LANE, s1 = std::min<int64_t>(SS, b1 * BLOCK / PER_LANE);
@@ -210,7 +210,7 @@ void hidden_values(const Call& call, const Part& part, Team team) {
         }
     };
     const int pieces = team.n == 1 ? 1 : PIECES * team.n;
-    share_out(call.taken, team, pieces, [&](int64_t i) { share_blocks(part, Team{int(i), pieces}, visit); });
+    share_out(call.taken, team, pieces, [&](int64_t i) { share_blocks(part, Team{int(i), pieces}, true, visit); });
 }
 
 // Sums that a thread adds up in at once: what stays in the second-level cache beside weights and hidden values.
