@@ -56,9 +56,12 @@ class Run:
     trial: Trial
     repeats: int
     until: float
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule = field(init=False)
     times: dict[int, dict[str, float]] = field(default_factory=dict)
     noisy: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.schedule = schedules.default(self.trial.spec)
 
     def compare(self, rows: int, candidates: Mapping[str, tuple[Candidate, float]]) -> bool:
         """Measure candidates, each at a share, for calls of so many tokens.

@@ -8,7 +8,7 @@ import pytest
 
 # Read when OpenMP is loaded: two threads on cores that others use would wait for each other in a loop.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Inductor compiles in this process: a pool of each worker's costs what it imports, a third of such tests' time.
+# Inductor compiles in this process: a pool of workers costs what each imports, a third of such tests' time.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch

@@ -12,7 +12,7 @@ import d2dcompile as d2d
 from d2dcompile import cli, schedules, testing, timing, trial, tuning
 from d2dcompile.errors import DenseFallbackWarning, NoConversionError, TuningError
 from d2dcompile.ir import Schedule
-from d2dcompile.kernels import native
+from d2dcompile.kernels import build, native
 from d2dcompile.kernels.native import Spec
 from d2dcompile.schedules import Entry
 from d2dcompile.store import STORE
@@ -60,7 +60,8 @@ def model_time(monkeypatch: pytest.MonkeyPatch, seconds) -> None:
 def test_an_entry_comes_back_as_it_was_and_only_for_what_it_was_measured_on() -> None:
     STORE.add([entry()])
     assert schedules.lookup(SPEC) == entry().schedule
-    assert schedules.lookup(replace(SPEC, bf16=True)) == Schedule()
+    half = replace(SPEC, bf16=True)
+    assert schedules.lookup(half) == schedules.default(half)
     for other in ({"device": "another"}, {"threads": 99}, {"kernels": "older"}):
         STORE.add([entry(replace(SPEC, d=32), **other)])
     assert schedules.lookup(replace(SPEC, d=32)) == Schedule()
@@ -120,6 +121,20 @@ def test_dense_from_the_tokens_where_every_larger_call_has_passed_its_break_even
     share, rows
 ) -> None:
     assert Schedule(break_even=((4, 0.5), (64, 0.25))).dense_rows(share) == rows
+
+
+def test_on_tile_registers_everything_runs_from_a_smaller_share_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half, shares = replace(SPEC, bf16=True, size=64), {}
+    for processor in ("flags : avx512f avx512_bf16", "flags : avx512f amx_bf16 amx_tile"):
+        monkeypatch.setattr(build, "processor", lambda processor=processor: processor)
+        specs = (replace(half, bf16=False), half, replace(half, size=32))
+        shares[processor] = [schedules.default(spec).break_even[0][1] for spec in specs]
+        assert [schedules.default(spec).dense_rows(0.8) for spec in specs] == [
+            129 if share < 0.8 else 0 for share in shares[processor]
+        ]
+    assert list(shares.values()) == [[0.93, 0.93, 0.93], [0.93, 0.75, 0.55]]
 
 
 def test_never_dense_behind_a_break_even_of_one() -> None:
