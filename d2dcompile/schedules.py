@@ -76,9 +76,9 @@ def key(spec: Spec, device: str, threads: int, kernels: str) -> str:
 def default(spec: Spec) -> Schedule:
     """The closed-form schedule of a kind of block on this processor.
 
-    On tile registers, where arithmetic is cheap, to copy the rows of chosen tokens and to add up outputs in memory
-    weighs more: running everything was as fast as an executed share of .71 to .82 with experts of 64 (768/3072 and
-    2048/5632 at 197 and 788 tokens, two cores of a Xeon), of .53 with experts of 32 (384/1536).
+    On tile registers, where arithmetic is cheap, copying the rows of chosen tokens and adding up outputs in
+    memory weighs more: running everything was as fast as an executed share of .71 to .82 with experts of 64
+    (768/3072 and 2048/5632, 197 and 788 tokens, two cores of a Xeon), of .53 with experts of 32 (384/1536).
     """
     if spec.bf16 and "amx_bf16" in build.processor():
         return Schedule(break_even=((129, 0.75 if spec.size >= 64 else 0.55),))

@@ -4,8 +4,8 @@ The reference: ReLU, square Hoyer, balanced k-means on weights, experts of the e
 norms, dynamic k. Base models are those of experiments/digits.py, and are read from its folder if they are
 there. `python -m experiments.ablations`.
 
-- no sparsification: ReLU alone, and GELU alone, as they were trained; L1 in the place of Hoyer, at the
-  weight that is best on validation images.
+- no sparsification: ReLU alone, and GELU alone, as they were trained; L1 in the place of Hoyer, and Hoyer, each
+  at the weight that is best on validation images.
 - static k: the same routers, the k best experts of every token.
 - MoEfication's router target: activation sums, cross-entropy, static k.
 - routers: "classify" (MoEfication's target, compared by tau), "centroid" (no training); a tenth of the
@@ -34,7 +34,10 @@ from experiments.lab.methods import on
 from experiments.vit import QUICK, Sizes, Stages, digits
 
 EXPERT_SIZES = (4, 8, 16, 32, 64, 256)
-L1 = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # weights to choose from, in Hoyer's
+WEIGHTS = {  # to choose from, in that of the experiment
+    "hoyer": (0.3, 1.0, 3.0, 10.0, 30.0),
+    "l1": (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
+}
 TAUS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 
 
@@ -46,7 +49,7 @@ class Variants:
         self.task, self.steps, self.device = stages.task, stages.steps, stages.device
         self.taus = (0.0, 0.3, 1.0) if quick else TAUS
         self.curves: dict[str, list[lab.Point]] = {}
-        self.l1_weight = 0.0
+        self.weights: dict[str, float] = {}  # chosen, by penalty
 
     def add(
         self,
@@ -74,7 +77,8 @@ class Variants:
         self.static(reference, key)
         self.add("no sparsification, ReLU", relu, relu_key)
         self.add("no sparsification, GELU", dense, dense_key)
-        self.add("L1 instead of Hoyer", *self.l1())
+        self.add("L1 instead of Hoyer, best weight", *self.chosen("l1"))
+        self.add("Hoyer, best weight", *self.chosen("hoyer"))
         self.sizes(sparse, key)
         self.add("random experts", sparse, key, clustering="random")
         self.add("co-activation clustering", sparse, key, clustering="coactivation")
@@ -87,26 +91,26 @@ class Variants:
         )
         self.projections()
 
-    def l1(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The model finetuned with L1 that stays within 1 % of dense at the least cost, on validation images.
+    def chosen(self, penalty: str) -> tuple[nn.Module, dict[str, Any]]:
+        """The model finetuned with a penalty that is within 1 % of dense at the least cost, on validation images.
 
         Of equal costs, and where none stays, the one with the better loss over all taus.
         """
         task = replace(self.task, test=self.task.validation)
         base = lab.dense_point(task, self.stages.dense()[0], self.device).quality
         found = []
-        for times in L1[1:3] if self.quick else L1:
+        for times in WEIGHTS[penalty][1:3] if self.quick else WEIGHTS[penalty]:
             weight = times * self.stages.sizes.weight
-            model, key = self.stages.finetuned("l1", weight)
+            model, key = self.stages.finetuned(penalty, weight)
             tried, config = copy.deepcopy(model), self.stages.sizes.config()
-            step = f"validation-l1-{weight:g}"
+            step = f"validation-{penalty}-{weight:g}"
             lab.converted(self.steps, step, key, task, tried, config, self.device)
             points = lab.dynamic(task, tried, self.device, self.taus)
             metric, higher = next(iter(task.metrics.items()))
             cost = lab.critical(points, base[metric], metric, higher)
             loss = sum(point.quality["cross-entropy"] for point in points)
             found.append((math.inf if cost is None else cost, loss, weight, model, key))
-        *_, self.l1_weight, model, key = min(found, key=lambda one: one[:2])
+        *_, self.weights[penalty], model, key = min(found, key=lambda one: one[:2])
         return model, key
 
     def static(self, reference: nn.Module, key: dict[str, Any]) -> None:
@@ -173,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = lab.session("ablations", __doc__, argv, shared="digits")
     sizes = QUICK if run.quick else Sizes()
     curves: dict[str, list[list[lab.Point]]] = {}
-    dense, l1 = [], []
+    dense, weights = [], []
     for seed in run.seeds:
         stages = Stages(digits(seed, sizes), run.steps(seed), run.device, sizes)
         variants = Variants(stages, run.quick)
@@ -181,14 +185,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, points in variants.curves.items():
             curves.setdefault(name, []).append(points)
         dense.append(dict(lab.dense_point(stages.task, stages.dense()[0], run.device).quality))
-        l1.append(variants.l1_weight)
+        weights.append(variants.weights)
         run.say(f"seed {seed}: {len(variants.curves)} variants")
     run.write(
         "ViT on digits: what each part is worth",
         {"accuracy": True, "cross-entropy": False},
         curves,
         dense,
-        {"sizes": repr(sizes), "l1_weights": l1},
+        {"sizes": repr(sizes), "weights": weights},
         ours="reference",
     )
     return 0
