@@ -92,7 +92,7 @@ class Variants:
         self.projections()
 
     def chosen(self, penalty: str) -> tuple[nn.Module, dict[str, Any]]:
-        """The model finetuned with a penalty that is within 1 % of dense at the least cost, on validation images.
+        """The model finetuned with a penalty that is within 1 % of dense at the least cost, on validation data.
 
         Of equal costs, and where none stays, the one with the better loss over all taus.
         """
