@@ -4,8 +4,8 @@ The reference: ReLU, square Hoyer, balanced k-means on weights, experts of the e
 norms, dynamic k. Base models are those of experiments/digits.py, and are read from its folder if they are
 there. `python -m experiments.ablations`.
 
-- no sparsification: ReLU alone, and GELU alone, as they were trained; L1 in the place of Hoyer, and Hoyer, each
-  at the weight that is best on validation images.
+- no sparsification: ReLU alone, and GELU alone, as they were trained; L1 in the place of Hoyer, and Hoyer,
+  each at the weight that is best on validation images.
 - static k: the same routers, the k best experts of every token.
 - MoEfication's router target: activation sums, cross-entropy, static k.
 - routers: "classify" (MoEfication's target, compared by tau), "centroid" (no training); a tenth of the
@@ -92,7 +92,7 @@ class Variants:
         self.projections()
 
     def chosen(self, penalty: str) -> tuple[nn.Module, dict[str, Any]]:
-        """The model finetuned with a penalty that is within 1 % of dense at the least cost, on validation data.
+        """The model finetuned with a penalty that is within 1 % of dense at least cost, on validation data.
 
         Of equal costs, and where none stays, the one with the better loss over all taus.
         """
