@@ -5,7 +5,7 @@
 //
 // Weights are packed per expert: blocks of neurons for the up side, [bias][step][2][VL] (two vectors of
 // neurons, or the gate and the up rows of one), then panels of output columns, [panel][step][DN][VL].
-// Three schedules, each bit-reproducible for a number of threads (no atomics, fixed order of sums):
+// Three schedules, each bit-reproducible for a number of threads (sums in a fixed order, whoever computes them):
 //   decode     one row: neurons of the chosen experts shared out evenly, read where the model keeps them, or
 //              from an int8 copy where that is wanted.
 //   fused      few rows: every thread streams its share of the chosen experts' blocks once, up and down,

@@ -44,7 +44,7 @@ INLINE Ahead part(const char* from, int64_t bytes, int64_t i, int64_t tiles, int
 #if AMX
 // Rows of x one behind the other, for passes of tiles: each is copied while the one before is multiplied.
 class Gatherer {
-    static constexpr bool LINES = KS % VL == 0;
+    static constexpr bool LINES = PLAIN && KS % VL == 0;  // else the last lane of a row is half of it
     const element* x;
     const int32_t* tokens;
     int64_t rows, row = 0, step = 0;  // copied so far: rows, and steps of the next one
@@ -79,7 +79,7 @@ public:
 };
 
 // As up_rows, on tiles, for rows of the list `tokens`: x itself from `plain` on, or copied into `ring` if that is null.
-// Where there are fewer than 16, rows of A behind the last are read, and ignored.
+// Rows of A behind the last, of the ring or where x has fewer than 16, are read, and ignored.
 void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_t rows, const lane* packed, int64_t b0,
               int64_t b1, int64_t size, const lane* next, lane* ring, element* h) {
     constexpr int64_t LDH = HL * PER_LANE;

@@ -26,6 +26,7 @@ SPECS = (
 TILED = (
     native.Spec(1056, 70, 5, 64, 32, False, True, "gelu(up)"),
     native.Spec(97, 130, 4, 48, 70, True, True, "silu(gate) * up"),
+    native.Spec(63, 40, 3, 35, 10, False, True, "gelu(up)"),  # half a lane, of whole vectors of lanes
 )
 AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma")
 EMULATED = ("-include", str(Path(__file__).with_name("tiles.h")), "-D__AMX_BF16__")
@@ -62,7 +63,7 @@ def test_runs_without_avx512(spec: native.Spec, flags: tuple[str, ...], tmp_path
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("spec", TILED, ids=["plain", "gated"])
+@pytest.mark.parametrize("spec", TILED, ids=["plain", "gated", "odd"])
 @pytest.mark.parametrize("kind", ["emulated", "real"])
 def test_tile_registers(spec: native.Spec, kind: str, tmp_path: Path) -> None:
     flags = EMULATED if kind == "emulated" else ("-mamx-tile", "-mamx-bf16")
@@ -147,6 +148,12 @@ def check(spec: native.Spec, library: Path) -> None:
             operands = map(native.address, (block.record, x, out))
             assert found.d2d_run(*operands, native.count(x.numel())) == native.RAN
             assert testing.rms(out.double() - exact) <= limit * testing.rms(exact)
+            broken, others = x.clone(), torch.full_like(out, torch.nan)
+            broken[rows // 2] = torch.inf
+            operands = map(native.address, (block.record, broken, others))
+            assert found.d2d_run(*operands, native.count(x.numel())) == native.RAN
+            kept = torch.arange(rows) != rows // 2
+            assert torch.equal(others[kept], out[kept])
     assert_same_int8(found, block, spec)
 
 
