@@ -22,11 +22,12 @@ SPECS = (
     native.Spec(64, 35, 6, 24, 30, False, False, "gelu(up)"),
     native.Spec(97, 35, 7, 5, 30, True, True, "silu(gate) * up"),
 )
-# Widths of whole chunks of 32 values, of which a row is copied in two pieces, and with rests.
+# Widths of whole chunks of 32 values, of which a row is copied in two pieces, with rests, and of whole vectors of
+# lanes of which the last holds one value.
 TILED = (
     native.Spec(1056, 70, 5, 64, 32, False, True, "gelu(up)"),
     native.Spec(97, 130, 4, 48, 70, True, True, "silu(gate) * up"),
-    native.Spec(63, 40, 3, 35, 10, False, True, "gelu(up)"),  # half a lane, of whole vectors of lanes
+    native.Spec(63, 40, 3, 35, 10, False, True, "gelu(up)"),
 )
 AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma")
 EMULATED = ("-include", str(Path(__file__).with_name("tiles.h")), "-D__AMX_BF16__")
