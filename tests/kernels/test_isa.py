@@ -22,8 +22,8 @@ SPECS = (
     native.Spec(64, 35, 6, 24, 30, False, False, "gelu(up)"),
     native.Spec(97, 35, 7, 5, 30, True, True, "silu(gate) * up"),
 )
-# Widths of whole chunks of 32 values, of which a row is copied in two pieces, with rests, and of whole vectors of
-# lanes of which the last holds one value.
+# Widths of whole chunks of 32 values, of which a row is copied in two pieces, with rests, and of whole
+# vectors of lanes of which the last holds one value.
 TILED = (
     native.Spec(1056, 70, 5, 64, 32, False, True, "gelu(up)"),
     native.Spec(97, 130, 4, 48, 70, True, True, "silu(gate) * up"),
