@@ -171,10 +171,9 @@ struct Step {
 };
 
 // The products step(i), 32 columns wide, for i in [0, count); each row is given to the function that write(i) makes,
-// with its sums. While tile registers compute one product, vector registers write the one before, and also(i, a) is called
-// with the place in A. What
-// they do has to be short, as a core looks some hundred instructions ahead: all functions are inlined, and keep what
-// they know in registers.
+// with its sums. While tile registers compute one product, vector registers write the one before, and also(i, a) is
+// called with the place in A. What they do has to be short, as a core looks some hundred instructions ahead: all
+// functions are inlined, and keep what they know in registers.
 template <int M, class S, class W, class F>
 INLINE void tile_products(int64_t count, S step, W write, F also) {
     if (count == 0) return;  // a thread without blocks
