@@ -121,5 +121,6 @@ def times(calls: Mapping[str, Call], repeats: int) -> Record:
     ours = timings.get("d2dmoe")
     if ours is not None:
         for name in ("compile", "eager"):
-            found[f"vs_{name}"] = timings[name].seconds / ours.seconds
+            low, found[f"vs_{name}"], high = timing.speedup(timings[name], ours)
+            found[f"vs_{name}_quartiles"] = (low, high)
     return found

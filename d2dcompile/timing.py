@@ -26,12 +26,16 @@ BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal: fields of 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: median and interquartile range of the samples; noisy if most were disturbed."""
+    """Seconds a call: median and interquartile range of the samples; noisy if most were disturbed.
+
+    rounds: every sample, in the order of the rounds that all candidates took part in.
+    """
 
     seconds: float
     iqr: float
     samples: int
     noisy: bool
+    rounds: tuple[float, ...] = ()
 
 
 def alternate(
@@ -52,6 +56,17 @@ def alternate(
         for name in order:
             taken[name].append(_quiet_sample(candidates[name], estimates[name]))
     return {name: _summary(taken[name]) for name in candidates}
+
+
+def speedup(rival: Timing, ours: Timing) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile over rounds of rival's seconds / ours.
+
+    A machine that slows down for a while slows both samples of a round: these ratios spread less than their
+    samples do. Both were timed by one call of `alternate`.
+    """
+    ratios = [a / b for a, b in zip(rival.rounds, ours.rounds, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return low, median, high
 
 
 def estimate(call: Callable[[], object]) -> float:
@@ -119,4 +134,4 @@ def _summary(samples: list[tuple[float, bool]]) -> Timing:
     quiet = [seconds for seconds, noisy in samples if not noisy]
     kept = quiet if 2 * len(quiet) > len(times) else times
     low, median, high = statistics.quantiles(kept, n=4) if len(kept) > 1 else [kept[0]] * 3
-    return Timing(median, high - low, len(kept), kept is not quiet)
+    return Timing(median, high - low, len(kept), kept is not quiet, tuple(times))

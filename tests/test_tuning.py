@@ -57,6 +57,20 @@ def model_time(monkeypatch: pytest.MonkeyPatch, seconds) -> None:
     )
 
 
+def test_speedup_is_the_median_over_rounds() -> None:
+    """Twice as fast, though the machine slowed down within the second round and stayed slow."""
+    ours = Timing(4.0, 0.0, 3, False, (1.0, 4.0, 4.0))
+    rival = Timing(2.0, 0.0, 3, False, (2.0, 2.0, 8.0))
+    assert timing.speedup(rival, ours)[1] == 2.0
+    calls = {"a": lambda: None, "b": lambda: sum(range(3000))}
+    taken = timing.alternate(calls, {"a": 1, "b": 1}, 5)
+    low, median, high = timing.speedup(taken["b"], taken["a"])
+    assert low <= median <= high and median > 1
+    assert len(taken["a"].rounds) == 5
+    with pytest.raises(ValueError):
+        timing.speedup(ours, taken["a"])
+
+
 def test_an_entry_comes_back_as_it_was_and_only_for_what_it_was_measured_on() -> None:
     STORE.add([entry()])
     assert schedules.lookup(SPEC) == entry().schedule

@@ -9,7 +9,6 @@
 namespace {
 
 constexpr int TILE = 16;  // rows of a tile, and its steps
-#define INLINED __attribute__((always_inline))  // of a lambda
 
 }  // namespace
 

@@ -98,6 +98,13 @@ const lane* packed_panel(const Call& call, int64_t e, int64_t p, lane* own) {
     return own;
 }
 
+// Whether chosen rows of x are read where they lie, which took 16 to 30 % less of the up side's time than copying them
+// did (fp32, 384/1536 to 2048/5632, executed .75, two cores of a Xeon).
+bool in_place() {
+    static const bool room = APART == KS || cache_ways() >= UP_M;
+    return PLAIN && room;
+}
+
 // Row r of x as entry r of expert e's list, where it takes every row; else null.
 const lane* plain_rows(const Call& call, const Part& part, int64_t e, int64_t r, int64_t m) {
     if (!PLAIN || !part.everywhere(e) || (call.tiles && m < TILE)) return nullptr;
@@ -112,9 +119,17 @@ void up(const Call& call, const Part& part, int64_t e, int64_t r, int64_t m, con
 #if AMX
     if (call.tiles) return up_tiles(call, plain, tokens, m, packed, b0, b1, size, next, gathered, h);
 #endif
+    const auto run = [&](auto rows) { up_rows(call.site, rows, m, packed, b0, b1, size, next, h, HL * PER_LANE); };
+    if (!plain && in_place()) {
+        const lane* rows[UP_M];
+        return run([&](int64_t first, auto height) {
+            for (int i = 0; i < height(); ++i) rows[i] = as_lanes(call.x + tokens[first + i] * int64_t(D));
+            return Scattered<height()>{rows};
+        });
+    }
     if (!plain) gather_rows(call.x, tokens, m, gathered, APART);
-    const lane* a = plain ? plain : gathered;
-    up_rows(call.site, a, plain ? KS : APART, m, packed, b0, b1, size, next, h, HL * PER_LANE);
+    const Strided a{plain ? plain : gathered, plain ? KS : APART};
+    run([&](int64_t first, auto) { return Strided{a.row(first), a.lda}; });
 }
 
 void run_fused(Call& call, Team team) {
@@ -140,8 +155,8 @@ void run_fused(Call& call, Team team) {
                 const lane* panel = packed_panel(call, e, p, own + UP_LANES);
                 const char* from = later(call.site, packed, (UP_LANES + p * PANEL_LANES) * 4, EXPERT_LANES * 4,
                                          after, m);
-                down_rows(call.tiles, reinterpret_cast<lane*>(h) + s0, HL, m, panel + s0 * PANEL, s1 - s0, from,
-                          sums + p * PANEL, token, WIDTH);
+                const Summed of{reinterpret_cast<lane*>(h) + s0, HL, panel + s0 * PANEL, s1 - s0};
+                down_rows(call.tiles, of, m, from, sums + p * PANEL, token, WIDTH);
             }
         }
     });
@@ -182,12 +197,16 @@ int64_t down(const Call& call, const Part& part, int64_t e, int64_t p0, int64_t 
         return next;
     }
 #endif
+    // Experts that all tokens run are summed up in registers, as many as one run of steps takes.
+    constexpr int64_t ALIKE = std::min<int64_t>(RUN, 256) / SS;
+    if (call.site.packed) while (next < std::min(E, e + ALIKE) && part.everywhere(e) && part.everywhere(next)) ++next;
+    const int64_t experts = next - e;
     while (next < E && part.count(next) == 0) ++next;
     for (int64_t p = p0; p < p1; ++p) {
         const lane* panel = packed_panel(call, e, p, own);
         const lane* after = panel + (call.site.packed && next < E ? (next - e) * EXPERT_LANES : 0);
-        down_rows(call.tiles, h, HL, until - from, panel, SS, reinterpret_cast<const char*>(after),
-                  sums - t0 * ldy + (p - p0) * PANEL, from, ldy);
+        down_rows(call.tiles, {h, HL, panel, SS, experts, part.rows * HL}, until - from,
+                  reinterpret_cast<const char*>(after), sums - t0 * ldy + (p - p0) * PANEL, from, ldy);
     }
     return next;
 }

@@ -15,15 +15,14 @@ INLINE void store_hidden(const vf (&c)[2], const float* scalars, element* h, int
 }
 
 // h[m] = f(a[m] W_up^T + b) for one block of neurons; `to` is the block's place in the first row.
-template <int M>
+template <int M, class Rows>
 __attribute__((noinline)) void up_tile(
-    const lane* a, int64_t lda, const lane* block, Ahead ahead, const float* scalars, element* to,
-    int64_t ldh, int valid) {
+    Rows a, const lane* block, Ahead ahead, const float* scalars, element* to, int64_t ldh, int valid) {
     vf c[M][2];
     UNROLL for (int m = 0; m < M; ++m) {
         UNROLL for (int n = 0; n < 2; ++n) c[m][n] = (vf)load_lanes(block + n * VL);
     }
-    product<M, 2>(a, lda, block + 2 * VL, KS, ahead, c);
+    product<M, 2>(a, block + 2 * VL, KS, ahead, c);
     for (int m = 0; m < M; ++m) store_hidden(c[m], scalars, to + m * ldh, valid);
 }
 
@@ -121,8 +120,10 @@ void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_
 #endif
 
 // Hidden values of `rows` rows of A for blocks [b0, b1) of an expert; `next` is read after its `size` bytes.
-void up_rows(const Site& site, const lane* a, int64_t lda, int64_t rows, const lane* packed, int64_t b0,
-             int64_t b1, int64_t size, const lane* next, element* h, int64_t ldh) {
+// tile_rows(r, m): the rows of a tile of m() rows from row r on.
+template <class F>
+void up_rows(const Site& site, F tile_rows, int64_t rows, const lane* packed, int64_t b0, int64_t b1, int64_t size,
+             const lane* next, element* h, int64_t ldh) {
     const int64_t tiles = ceil_div(rows, UP_M);
     for (int64_t b = b0; b < b1; ++b) {
         const int valid = int(std::min<int64_t>(BLOCK, S - b * BLOCK));
@@ -130,7 +131,7 @@ void up_rows(const Site& site, const lane* a, int64_t lda, int64_t rows, const l
         for (int64_t i = 0, r = 0; i < tiles; ++i) {
             const int64_t next = rows * (i + 1) / tiles;  // even heights: 13 = 7 + 6
             with_rows<UP_M>(int(next - r), [&](auto m) {
-                up_tile<m()>(a + r * lda, lda, packed + b * BLOCK_LANES,
+                up_tile<m()>(tile_rows(r, m), packed + b * BLOCK_LANES,
                              part(from, BLOCK_LANES * 4, i, tiles, KS), site.scalars,
                              h + r * ldh + b * BLOCK, ldh, valid);
             });
@@ -139,12 +140,25 @@ void up_rows(const Site& site, const lane* a, int64_t lda, int64_t rows, const l
     }
 }
 
+// Hidden values and panels of one expert, or of several with the same rows.
+struct Summed {
+    const lane* h;
+    int64_t ldh;
+    const lane* panel;
+    int64_t steps, experts = 1, next_h = 0;  // lanes from one expert's hidden values to the next one's
+};
+
 template <int M>
-__attribute__((noinline)) void down_tile(
-    const lane* h, int64_t ldh, const lane* panel, int64_t steps, Ahead ahead, float* y,
-    const int32_t* token, int64_t ldy) {
+__attribute__((noinline)) void down_tile(Summed of, Ahead ahead, float* y, const int32_t* token, int64_t ldy) {
     vf c[M][DN] = {};
-    product<M, DN>(h, ldh, panel, steps, ahead, c);
+    if (of.experts == 1) {
+        product<M, DN>(Strided{of.h, of.ldh}, of.panel, of.steps, ahead, c);
+    } else {
+        for (int64_t i = 0; i < of.experts; ++i) {
+            tile<M, DN>(Strided{of.h + i * of.next_h, of.ldh}, of.panel + i * EXPERT_LANES, of.steps, ahead, c);
+            ahead.from += ahead.pace * of.steps;
+        }
+    }
     UNROLL for (int m = 0; m < M; ++m) {
         UNROLL for (int n = 0; n < DN; ++n) {
             float* to = y + token[m] * ldy + n * VL;
@@ -188,18 +202,21 @@ void down_strip(const Factors& of, int64_t panels, int64_t rows, const char* fro
 }
 #endif
 
-// y[token[r]] += h[r] W_down over `steps` steps of one panel; y points at the panel's columns.
-void down_rows(bool on_tiles, const lane* h, int64_t ldh, int64_t rows, const lane* panel, int64_t steps,
-               const char* from, float* y, const int32_t* token, int64_t ldy) {
+// y[token[r]] += h[r] W_down over the steps of one panel; y points at the panel's columns.
+void down_rows(bool on_tiles, const Summed& of, int64_t rows, const char* from, float* y, const int32_t* token,
+               int64_t ldy) {
 #if AMX
-    if (on_tiles && steps >= TILE) return down_strip({{h, h}, ldh, panel, PANEL, steps}, 1, rows, from, y, token, ldy);
+    if (on_tiles && of.steps >= TILE) {
+        return down_strip({{of.h, of.h}, of.ldh, of.panel, PANEL, of.steps}, 1, rows, from, y, token, ldy);
+    }
 #endif
-    const int64_t tiles = ceil_div(rows, DN_M);
+    const int64_t tiles = ceil_div(rows, DN_M), steps = of.experts * of.steps;
     for (int64_t i = 0, r = 0; i < tiles; ++i) {
         const int64_t next = rows * (i + 1) / tiles;
         with_rows<DN_M>(int(next - r), [&](auto m) {
-            down_tile<m()>(h + r * ldh, ldh, panel, steps, part(from, steps * PANEL * 4, i, tiles, steps), y,
-                           token + r, ldy);
+            Summed rows_of = of;
+            rows_of.h += r * of.ldh;
+            down_tile<m()>(rows_of, part(from, steps * PANEL * 4, i, tiles, steps), y, token + r, ldy);
         });
         r = next;
     }

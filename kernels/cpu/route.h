@@ -15,7 +15,7 @@ template <int M>
 __attribute__((noinline)) void router_tile(
     Layer layer, const lane* a, int64_t lda, const lane* b, int64_t steps, element* to, int64_t ld) {
     vf c[M][2] = {};
-    product<M, 2>(a, lda, b, steps, {reinterpret_cast<const char*>(b) + 4096, 2 * VL * 4}, c);
+    product<M, 2>(Strided{a, lda}, b, steps, {reinterpret_cast<const char*>(b) + 4096, 2 * VL * 4}, c);
     for (int m = 0; m < M; ++m) store_scores(layer, c[m], to + m * ld);
 }
 

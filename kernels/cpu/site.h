@@ -44,8 +44,8 @@ constexpr int64_t EB = ceil_div(E, 2 * VL);
 constexpr int64_t EP = EB * 2 * VL;
 constexpr int64_t ROUTER_LANES = RB * KS * 2 * VL + EB * RS * 2 * VL;
 constexpr int64_t PASS = AMX ? 32 : UP_M;  // rows that pass over weights at once
-// Lanes from one gathered row to the next: where rows lie a multiple of 2 KB apart, their lanes of one step drive each
-// other out of the first-level cache.
+// Lanes from one gathered row to the next: where rows lie a multiple of 2 KB apart, their lanes of one step may drive
+// each other out of the first-level cache.
 constexpr int64_t APART = KS + (KS * 4 % 2048 == 0 ? VL : 0);
 constexpr int64_t GATHERED = std::max<int64_t>(AMX ? 2 * PASS : PASS, (int64_t(1) << 20) / (4 * KS) / UP_M * UP_M);
 constexpr int64_t CHUNK = 2048;  // rows taken at once by two-phase
@@ -82,6 +82,15 @@ inline int64_t cache_bytes() {
     if (found > 0) return found;
 #endif
     return int64_t(1) << 20;
+}
+
+// Ways of the first-level cache: lines that lie a multiple of 4 KB apart and fit at once. 8 where the system does not say.
+inline int64_t cache_ways() {
+#if defined(_SC_LEVEL1_DCACHE_ASSOC)
+    const int64_t found = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
+    if (found > 0) return found;
+#endif
+    return 8;
 }
 
 struct Barrier {

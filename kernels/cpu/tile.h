@@ -16,6 +16,7 @@ typedef uint32_t lane;
 typedef uint16_t bf16;
 
 #define UNROLL _Pragma("GCC unroll 16")
+#define INLINED __attribute__((always_inline))  // of a lambda or a member
 
 INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
@@ -106,19 +107,49 @@ struct Ahead {
     int64_t pace;
 };
 
-// c[M][N] += sum over steps of a[m][step] b[step][n], M rows of `lda` lanes against N vectors a step.
-template <int M, int N>
-INLINE void tile(const lane* a, int64_t lda, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M][N]) {
+// Rows of A, `lda` lanes from one to the next.
+struct Strided {
+    static constexpr int AT_ONCE = 1;  // steps
+    const lane* first;
+    int64_t lda;
+    INLINED const lane* row(int64_t m) const { return first + m * lda; }
+    INLINED Strided from(int64_t k) const { return {first + k, lda}; }
+};
+
+// Rows of A wherever they lie: fewer registers than rows, so each address is loaded once for two steps.
+template <int M>
+struct Scattered {
+    static constexpr int AT_ONCE = 2;
+    const lane* const* rows;
+    int64_t k = 0;
+    INLINED const lane* row(int m) const { return rows[m] + k; }
+    INLINED Scattered from(int64_t step) const { return {rows, k + step}; }
+};
+
+// c[M][N] += AT_ONCE steps of the product below.
+template <int M, int N, int AT_ONCE, class Rows>
+INLINE void steps_of(Rows a, const lane* b, int64_t k, Ahead& ahead, vf (&c)[M][N]) {
     constexpr int LINES = std::max<int>(1, N * VL * 4 / 64);
-    for (int64_t k = 0; k < steps; ++k) {
-        vu w[N];
-        UNROLL for (int n = 0; n < N; ++n) w[n] = load_lanes(b + (k * N + n) * VL);
+    vu w[AT_ONCE][N];
+    UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+        UNROLL for (int n = 0; n < N; ++n) w[i][n] = load_lanes(b + ((k + i) * N + n) * VL);
         UNROLL for (int n = 0; n < LINES; ++n) __builtin_prefetch(ahead.from + n * 64, 0, 2);
         ahead.from += ahead.pace;
-        UNROLL for (int m = 0; m < M; ++m) {
-            UNROLL for (int n = 0; n < N; ++n) c[m][n] = mac(c[m][n], a + m * lda + k, w[n]);
+    }
+    UNROLL for (int m = 0; m < M; ++m) {
+        const lane* row = a.row(m) + k;
+        UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+            UNROLL for (int n = 0; n < N; ++n) c[m][n] = mac(c[m][n], row + i, w[i][n]);
         }
     }
+}
+
+// c[M][N] += sum over steps of a[m][step] b[step][n], M rows of A against N vectors a step.
+template <int M, int N, class Rows>
+INLINE void tile(Rows a, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M][N]) {
+    int64_t k = 0;
+    for (; k + Rows::AT_ONCE <= steps; k += Rows::AT_ONCE) steps_of<M, N, Rows::AT_ONCE>(a, b, k, ahead, c);
+    for (; k < steps; ++k) steps_of<M, N, 1>(a, b, k, ahead, c);
 }
 
 // Steps whose products are summed in one go. Summed in order, a long fp32 row loses more bits than in libraries, which
@@ -126,16 +157,21 @@ INLINE void tile(const lane* a, int64_t lda, const lane* b, int64_t steps, Ahead
 // (rms 2.4e-7 of a block of 768/3072) and cost up to a tenth of the time, those of 256 lose 3.6e-7, eager's 5.3e-7.
 constexpr int64_t RUN = PER_LANE == 1 ? 256 : INT64_MAX;
 
-// c[m][n] += the product, in sums of RUN steps.
 template <int M, int N>
-INLINE void product(const lane* a, int64_t lda, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M][N]) {
+INLINE void add_sums(const vf (&sums)[M][N], vf (&c)[M][N]) {
+    for (int m = 0; m < M; ++m) {
+        UNROLL for (int n = 0; n < N; ++n) c[m][n] += sums[m][n];
+    }
+}
+
+// c[m][n] += the product, in sums of RUN steps.
+template <int M, int N, class Rows>
+INLINE void product(Rows a, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M][N]) {
     for (int64_t k = 0; k < steps;) {
         const int64_t run = std::min(RUN, steps - k);
         vf sums[M][N] = {};
-        tile<M, N>(a + k, lda, b + k * N * VL, run, {ahead.from + ahead.pace * k, ahead.pace}, sums);
-        for (int m = 0; m < M; ++m) {
-            UNROLL for (int n = 0; n < N; ++n) c[m][n] += sums[m][n];
-        }
+        tile<M, N>(a.from(k), b + k * N * VL, run, {ahead.from + ahead.pace * k, ahead.pace}, sums);
+        add_sums(sums, c);
         k += run;
     }
 }

@@ -39,17 +39,31 @@ def has(*flags: str) -> bool:
 
 
 PARTS = "parts = parts_of(call)"  # of the tokens of a call, as large as the cache holds
+ROOM = "room = APART == KS || cache_ways() >= UP_M"  # for rows that are read where they lie
 
 
-def built(compiler: str, spec: native.Spec, folder: Path, *flags: str, parts: int = 0) -> Path:
+def built(
+    compiler: str,
+    spec: native.Spec,
+    folder: Path,
+    *flags: str,
+    parts: int = 0,
+    room: bool | None = None,
+) -> Path:
     """The shared library of a spec; the source must compile without a warning of its own.
 
     parts: in how many parts it takes the tokens of a call, 0 for as many as it finds best.
+    room: whether chosen rows are read where they lie, else copied; None for what this processor's
+        cache allows.
     """
     source, library = folder / "block.cpp", folder / "block.so"
     text = native.source(spec)
-    assert text.count(PARTS) == 1
-    source.write_text(text.replace(PARTS, f"parts = {parts}") if parts else text)
+    assert text.count(PARTS) == text.count(ROOM) == 1
+    if parts:
+        text = text.replace(PARTS, f"parts = {parts}")
+    if room is not None:
+        text = text.replace(ROOM, f"room = {str(room).lower()}")
+    source.write_text(text)
     command = [compiler, *FLAGS, *flags, str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -61,6 +75,13 @@ def built(compiler: str, spec: native.Spec, folder: Path, *flags: str, parts: in
 @pytest.mark.parametrize("spec", SPECS, ids=["fp32", "bf16"])
 def test_runs_without_avx512(spec: native.Spec, flags: tuple[str, ...], tmp_path: Path) -> None:
     check(spec, built("g++", spec, tmp_path, *flags, parts=3))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("room", [True, False], ids=["in_place", "copied"])
+def test_rows_that_share_a_set_of_the_cache(room: bool, tmp_path: Path) -> None:
+    spec = native.Spec(512, 70, 5, 24, 30, True, False, "silu(gate) * up")
+    check(spec, built("g++", spec, tmp_path, "-mavx2", "-mfma", room=room))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
