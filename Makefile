@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.d2dcompile-installed
 
-.PHONY: demo ablate test check bench-cpu bench-gpu bench-models bench-cluster bench-matching bench-universe clean
+.PHONY: demo ablate test lint check bench-cpu bench-gpu bench-models bench-cluster bench-matching bench-universe clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py --out out/quickstart
@@ -12,13 +12,18 @@ demo: $(STAMP)
 ablate: $(STAMP)
 	$(BIN)/python examples/quickstart.py --ablate --out out/ablate
 
-test: $(STAMP) check
+# Types are checked by a test, beside the others. Modules are compiled when they are first imported, not all at
+# the installation: where Python is told to keep nothing, every process of the tests would do so again.
+test: export PYTHONDONTWRITEBYTECODE =
+test: $(STAMP) lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-check: $(STAMP)
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+
+check: lint
 	rm -rf build/typing
 	$(BIN)/python -c "from setuptools import setup; setup()" -q build_py --build-lib build/typing
 	$(BIN)/mypy
@@ -43,8 +48,8 @@ bench-universe: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

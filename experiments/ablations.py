@@ -34,8 +34,8 @@ from experiments.lab.methods import on
 from experiments.vit import QUICK, Sizes, Stages, digits
 
 EXPERT_SIZES = (4, 8, 16, 32, 64, 256)
-WEIGHTS = {  # to choose from, in that of the experiment
-    "hoyer": (0.3, 1.0, 3.0, 10.0, 30.0),
+WEIGHTS = {  # to choose from, in that of the experiment; the first two in the quick form
+    "hoyer": (1.0, 0.3, 3.0, 10.0, 30.0),
     "l1": (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
 }
 TAUS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
@@ -99,7 +99,7 @@ class Variants:
         task = replace(self.task, test=self.task.validation)
         base = lab.dense_point(task, self.stages.dense()[0], self.device).quality
         found = []
-        for times in WEIGHTS[penalty][1:3] if self.quick else WEIGHTS[penalty]:
+        for times in WEIGHTS[penalty][:2] if self.quick else WEIGHTS[penalty]:
             weight = times * self.stages.sizes.weight
             model, key = self.stages.finetuned(penalty, weight)
             tried, config = copy.deepcopy(model), self.stages.sizes.config()

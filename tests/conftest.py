@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+import subprocess
 import warnings
 
 import pytest
@@ -25,8 +27,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What takes long comes first, so that both workers end at about the same time.
 FIRST = (
     *("test_compiled", "test_minilm", "test_experiments_quick", "test_examples", "test_backend"),
-    *("test_aot", "test_universe", "test_triton", "test_projections", "test_finetune"),
+    *("test_packaging", "test_aot", "test_universe", "test_triton", "test_projections", "test_finetune"),
 )
+
+
+# What a compiler takes that knows every instruction set which Inductor uses on x86-64.
+KNOWN = """
+#include <immintrin.h>
+__m512bh rounded(__m512 a, __m512 b) { return _mm512_cvtne2ps_pbh(a, b); }
+void tiles() { _tile_dpbf16ps(0, 1, 2); _tile_dpbuud(0, 1, 2); }
+"""
+AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "fma")
+FLAGS = [f"-m{name}" for name in (*AVX512, "amx-tile", "amx-bf16", "amx-int8")]
+
+
+def pytest_configure() -> None:
+    """Inductor tries out instruction sets in every process; not where the compiler knows all of them."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler:
+        command = [compiler, *FLAGS, "-xc++", "-fsyntax-only", "-"]
+        done = subprocess.run(command, input=KNOWN.encode(), capture_output=True, check=False)
+        if done.returncode == 0:
+            os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

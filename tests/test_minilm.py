@@ -63,7 +63,7 @@ def test_all_six_blocks_are_converted(converted: Converted) -> None:
 
 def test_tau_zero_equals_dense(converted: Converted) -> None:
     d2d.set_tau(converted.model, 0.0)
-    ours, exact = torch.cat(converted.embed()), torch.cat(converted.exact)
+    ours, exact = minilm.embed(converted.fast, converted.queries), converted.exact[0]
     assert (ours - exact).abs().max() < 1e-4
 
 
@@ -85,9 +85,9 @@ def test_executed_share_falls_with_tau(converted: Converted) -> None:
 def test_quality_at_two_thirds_executed(converted: Converted) -> None:
     """Cosine to dense of at least 0.93 at 0.68 of the (token, expert) pairs, real routers."""
     d2d.fit_tau(converted.model, converted.documents[1::4], budget=0.66)
-    ours = torch.cat(converted.embed())
+    ours = minilm.embed(converted.fast, converted.documents)
     assert converted.executed() <= 0.68
-    assert minilm.cosine_to(torch.cat(converted.exact), ours) >= 0.93
+    assert minilm.cosine_to(converted.exact[1], ours) >= 0.93
 
 
 def test_retrieval_at_half_executed(converted: Converted) -> None:

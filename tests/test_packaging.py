@@ -1,6 +1,7 @@
 """What installs: wheel contents, entry point, inert folders, and light imports."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -35,6 +36,17 @@ def test_listed_packages_are_the_folders() -> None:
         for path in (ROOT / top).rglob("__init__.py"):
             found.add(".".join(("d2dcompile", *path.parent.relative_to(ROOT).parts)))
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+def test_types() -> None:
+    """As `make check` does, of a copy: mypy wants packages in the folders that they are imported from."""
+    shutil.rmtree(ROOT / "build/typing", ignore_errors=True)
+    setup = ["-c", "from setuptools import setup; setup()", "-q", "build_py"]
+    for command in ([*setup, "--build-lib", "build/typing"], ["-m", "mypy"]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])

@@ -119,17 +119,12 @@ void up(const Call& call, const Part& part, int64_t e, int64_t r, int64_t m, con
 #if AMX
     if (call.tiles) return up_tiles(call, plain, tokens, m, packed, b0, b1, size, next, gathered, h);
 #endif
-    const auto run = [&](auto rows) { up_rows(call.site, rows, m, packed, b0, b1, size, next, h, HL * PER_LANE); };
-    if (!plain && in_place()) {
-        const lane* rows[UP_M];
-        return run([&](int64_t first, auto height) {
-            for (int i = 0; i < height(); ++i) rows[i] = as_lanes(call.x + tokens[first + i] * int64_t(D));
-            return Scattered<height()>{rows};
-        });
-    }
-    if (!plain) gather_rows(call.x, tokens, m, gathered, APART);
-    const Strided a{plain ? plain : gathered, plain ? KS : APART};
-    run([&](int64_t first, auto) { return Strided{a.row(first), a.lda}; });
+    const bool copied = !plain && !in_place();
+    if (copied) gather_rows(call.x, tokens, m, gathered, APART);
+    const auto row = [&](int64_t i) {
+        return plain ? plain + i * KS : copied ? gathered + i * APART : as_lanes(call.x + tokens[i] * int64_t(D));
+    };
+    up_rows(call.site, row, m, packed, b0, b1, size, next, h, HL * PER_LANE);
 }
 
 void run_fused(Call& call, Team team) {

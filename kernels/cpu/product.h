@@ -15,9 +15,9 @@ INLINE void store_hidden(const vf (&c)[2], const float* scalars, element* h, int
 }
 
 // h[m] = f(a[m] W_up^T + b) for one block of neurons; `to` is the block's place in the first row.
-template <int M, class Rows>
+template <int M>
 __attribute__((noinline)) void up_tile(
-    Rows a, const lane* block, Ahead ahead, const float* scalars, element* to, int64_t ldh, int valid) {
+    Scattered a, const lane* block, Ahead ahead, const float* scalars, element* to, int64_t ldh, int valid) {
     vf c[M][2];
     UNROLL for (int m = 0; m < M; ++m) {
         UNROLL for (int n = 0; n < 2; ++n) c[m][n] = (vf)load_lanes(block + n * VL);
@@ -120,9 +120,9 @@ void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_
 #endif
 
 // Hidden values of `rows` rows of A for blocks [b0, b1) of an expert; `next` is read after its `size` bytes.
-// tile_rows(r, m): the rows of a tile of m() rows from row r on.
+// row(r): where row r begins.
 template <class F>
-void up_rows(const Site& site, F tile_rows, int64_t rows, const lane* packed, int64_t b0, int64_t b1, int64_t size,
+void up_rows(const Site& site, F row, int64_t rows, const lane* packed, int64_t b0, int64_t b1, int64_t size,
              const lane* next, element* h, int64_t ldh) {
     const int64_t tiles = ceil_div(rows, UP_M);
     for (int64_t b = b0; b < b1; ++b) {
@@ -130,8 +130,10 @@ void up_rows(const Site& site, F tile_rows, int64_t rows, const lane* packed, in
         const char* from = later(site, packed, b * BLOCK_LANES * 4, size, next, rows);
         for (int64_t i = 0, r = 0; i < tiles; ++i) {
             const int64_t next = rows * (i + 1) / tiles;  // even heights: 13 = 7 + 6
+            const lane* a[UP_M];
+            for (int64_t m = r; m < next; ++m) a[m - r] = row(m);
             with_rows<UP_M>(int(next - r), [&](auto m) {
-                up_tile<m()>(tile_rows(r, m), packed + b * BLOCK_LANES,
+                up_tile<m()>(Scattered{a}, packed + b * BLOCK_LANES,
                              part(from, BLOCK_LANES * 4, i, tiles, KS), site.scalars,
                              h + r * ldh + b * BLOCK, ldh, valid);
             });

@@ -117,7 +117,6 @@ struct Strided {
 };
 
 // Rows of A wherever they lie: fewer registers than rows, so each address is loaded once for two steps.
-template <int M>
 struct Scattered {
     static constexpr int AT_ONCE = 2;
     const lane* const* rows;
