@@ -27,9 +27,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What takes long comes first, so that both workers end at about the same time.
 FIRST = (
     *("test_compiled", "test_minilm", "test_experiments_quick", "test_examples", "test_backend"),
-    *("test_packaging", "test_aot", "test_universe", "test_triton", "test_projections", "test_finetune"),
+    *("test_packaging", "test_aot", "test_universe", "test_triton"),
+    *("test_projections", "test_finetune"),
 )
-
 
 # What a compiler takes that knows every instruction set which Inductor uses on x86-64.
 KNOWN = """
