@@ -192,9 +192,11 @@ int64_t down(const Call& call, const Part& part, int64_t e, int64_t p0, int64_t 
         return next;
     }
 #endif
-    // Experts that all tokens run are summed up in registers, as many as one run of steps takes.
-    constexpr int64_t ALIKE = std::min<int64_t>(RUN, 256) / SS;
-    if (call.site.packed) while (next < std::min(E, e + ALIKE) && part.everywhere(e) && part.everywhere(next)) ++next;
+    // Experts that all tokens run are summed up in registers, as many as have panels that stay in the first-level cache.
+    constexpr int64_t ALIKE = std::min<int64_t>(RUN, (24 << 10) / (4 * PANEL)) / SS;
+    if (call.site.packed) {
+        while (next < std::min(E, e + ALIKE) && part.everywhere(e) && part.everywhere(next)) ++next;
+    }
     const int64_t experts = next - e;
     while (next < E && part.count(next) == 0) ++next;
     for (int64_t p = p0; p < p1; ++p) {

@@ -14,18 +14,6 @@ INLINE void store_hidden(const vf (&c)[2], const float* scalars, element* h, int
     if (S % BLOCK) std::fill(h + valid, h + BLOCK, element(0));  // not 0 for every f
 }
 
-// h[m] = f(a[m] W_up^T + b) for one block of neurons; `to` is the block's place in the first row.
-template <int M>
-__attribute__((noinline)) void up_tile(
-    Scattered a, const lane* block, Ahead ahead, const float* scalars, element* to, int64_t ldh, int valid) {
-    vf c[M][2];
-    UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int n = 0; n < 2; ++n) c[m][n] = (vf)load_lanes(block + n * VL);
-    }
-    product<M, 2>(a, block + 2 * VL, KS, ahead, c);
-    for (int m = 0; m < M; ++m) store_hidden(c[m], scalars, to + m * ldh, valid);
-}
-
 // What is read some bytes after the weights at `offset` of a contiguous piece of `size` bytes: the rest of the
 // piece, then the start of the `next` one. The distance hides memory's latency (near); it is longer where several
 // tiles of rows pass over the same weights, so that arithmetic and reading overlap (far).
@@ -35,10 +23,12 @@ INLINE const char* later(const Site& site, const lane* piece, int64_t offset, in
     return reinterpret_cast<const char*>(at < size ? piece : next) + (at < size ? at : at - size);
 }
 
-// The part of `bytes` ahead that tile i of `tiles` fetches while it takes `steps` steps.
-INLINE Ahead part(const char* from, int64_t bytes, int64_t i, int64_t tiles, int64_t steps) {
-    return {from + bytes * i / tiles, bytes / (tiles * steps)};
-}
+// Of some bytes, the part that each of `tiles` tiles fetches while it takes `steps` steps.
+struct Parts {
+    int64_t each, pace;
+    INLINED Parts(int64_t bytes, int64_t tiles, int64_t steps) : each(bytes / tiles), pace(bytes / (tiles * steps)) {}
+    INLINED Ahead of(const char* from, int64_t tile) const { return {from + each * tile, pace}; }
+};
 
 #if AMX
 // Rows of x one behind the other, for passes of tiles: each is copied while the one before is multiplied.
@@ -86,6 +76,7 @@ void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_
     const float* scalars = site.scalars;
     const Passes passes{rows};
     const int64_t blocks = b1 - b0, all = ceil_div(rows, PASS);
+    const Parts parts(BLOCK_LANES * 4, all, KS);
     Gatherer gatherer(call, tokens, plain ? 0 : rows, ring);
     const auto block = [=](int64_t i) INLINED { return packed + (b0 + i % blocks) * BLOCK_LANES; };
     const auto write = [=](int64_t i) INLINED {
@@ -110,7 +101,7 @@ void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_
             const int64_t second = plain ? pass.tile[1] - pass.tile[0] : TILE;
             return Step{{{a, a + second * lda}, lda, block(i) + 2 * VL, 2 * VL, KS},
                         plain ? pass : Pass{pass.from, pass.until, {pass.from, pass.from + TILE}},
-                        part(from, BLOCK_LANES * 4, p, all, KS)};
+                        parts.of(from, p)};
         };
         const int64_t pieces = std::max<int64_t>(1, blocks * (KS / TILE) / PASS);  // of a row
         const int64_t steps = ceil_div(KS / VL, pieces) * VL;
@@ -119,26 +110,35 @@ void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_
 }
 #endif
 
+// h[r] = f(a[r] W_up^T + b) for `count` tiles of M rows from row r on, and one block of neurons. row(r): where row r of A
+// begins; `to`: the block's place in row 0 of h; `ahead`: what the first tile fetches, each later one `parts.each` on.
+template <int M, class F>
+__attribute__((noinline)) void up_group(F row, int64_t r, int64_t count, const lane* block, Ahead ahead, Parts parts,
+                                           const float* scalars, element* to, int64_t ldh, int valid) {
+    for (const int64_t end = r + count * M; r < end; r += M, ahead.from += parts.each) {
+        const lane* a[M];
+        for (int m = 0; m < M; ++m) a[m] = row(r + m);
+        vf c[M][2];
+        UNROLL for (int m = 0; m < M; ++m) {
+            UNROLL for (int n = 0; n < 2; ++n) c[m][n] = (vf)load_lanes(block + n * VL);
+        }
+        product<M, 2>(Scattered{a}, block + 2 * VL, KS, ahead, c);
+        for (int m = 0; m < M; ++m) store_hidden(c[m], scalars, to + (r + m) * ldh, valid);
+    }
+}
+
 // Hidden values of `rows` rows of A for blocks [b0, b1) of an expert; `next` is read after its `size` bytes.
-// row(r): where row r begins.
 template <class F>
 void up_rows(const Site& site, F row, int64_t rows, const lane* packed, int64_t b0, int64_t b1, int64_t size,
              const lane* next, element* h, int64_t ldh) {
-    const int64_t tiles = ceil_div(rows, UP_M);
+    const Parts parts(BLOCK_LANES * 4, ceil_div(rows, UP_M), KS);
     for (int64_t b = b0; b < b1; ++b) {
         const int valid = int(std::min<int64_t>(BLOCK, S - b * BLOCK));
         const char* from = later(site, packed, b * BLOCK_LANES * 4, size, next, rows);
-        for (int64_t i = 0, r = 0; i < tiles; ++i) {
-            const int64_t next = rows * (i + 1) / tiles;  // even heights: 13 = 7 + 6
-            const lane* a[UP_M];
-            for (int64_t m = r; m < next; ++m) a[m - r] = row(m);
-            with_rows<UP_M>(int(next - r), [&](auto m) {
-                up_tile<m()>(Scattered{a}, packed + b * BLOCK_LANES,
-                             part(from, BLOCK_LANES * 4, i, tiles, KS), site.scalars,
-                             h + r * ldh + b * BLOCK, ldh, valid);
-            });
-            r = next;
-        }
+        with_tiles<UP_M>(rows, [&](auto m, int64_t first, int64_t before, int64_t count) {
+            up_group<m()>(row, first, count, packed + b * BLOCK_LANES, parts.of(from, before), parts, site.scalars,
+                             h + b * BLOCK, ldh, valid);
+        });
     }
 }
 
@@ -150,21 +150,26 @@ struct Summed {
     int64_t steps, experts = 1, next_h = 0;  // lanes from one expert's hidden values to the next one's
 };
 
+// y[token[r]] += h[r] W_down for `count` tiles of M rows; `ahead` and `parts` as of up_group.
 template <int M>
-__attribute__((noinline)) void down_tile(Summed of, Ahead ahead, float* y, const int32_t* token, int64_t ldy) {
-    vf c[M][DN] = {};
-    if (of.experts == 1) {
-        product<M, DN>(Strided{of.h, of.ldh}, of.panel, of.steps, ahead, c);
-    } else {
-        for (int64_t i = 0; i < of.experts; ++i) {
-            tile<M, DN>(Strided{of.h + i * of.next_h, of.ldh}, of.panel + i * EXPERT_LANES, of.steps, ahead, c);
-            ahead.from += ahead.pace * of.steps;
+__attribute__((noinline)) void down_group(Summed of, int64_t count, Ahead ahead, Parts parts, float* y,
+                                             const int32_t* token, int64_t ldy) {
+    for (; count > 0; --count, of.h += M * of.ldh, token += M) {
+        vf c[M][DN] = {};
+        if (of.steps > RUN) {
+            product<M, DN>(Strided{of.h, of.ldh}, of.panel, of.steps, ahead, c);
+        } else {  // sums stay in registers
+            Ahead now = ahead;
+            for (int64_t i = 0; i < of.experts; ++i, now.from += now.pace * of.steps) {
+                tile<M, DN>(Strided{of.h + i * of.next_h, of.ldh}, of.panel + i * EXPERT_LANES, of.steps, now, c);
+            }
         }
-    }
-    UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int n = 0; n < DN; ++n) {
-            float* to = y + token[m] * ldy + n * VL;
-            store(to, load(to) + c[m][n]);
+        ahead.from += parts.each;
+        UNROLL for (int m = 0; m < M; ++m) {
+            UNROLL for (int n = 0; n < DN; ++n) {
+                float* to = y + token[m] * ldy + n * VL;
+                store(to, load(to) + c[m][n]);
+            }
         }
     }
 }
@@ -175,11 +180,11 @@ void down_strip(const Factors& of, int64_t panels, int64_t rows, const char* fro
                 int64_t ldy) {
     const int64_t steps = of.parts * of.steps, bytes = steps * WIDE * 4, halves = 2 * panels;
     const Passes passes{rows};
-    const int64_t all = ceil_div(rows, PASS);
+    const Parts parts(bytes, ceil_div(rows, PASS), steps);
     passes.each([&](auto m, int64_t start, int64_t count) {
         const auto step = [=](int64_t i) INLINED {
             const int64_t p = start + i / halves, half = i % halves;
-            Step step{of, passes.at(p), part(from + half * bytes, bytes, p, all, steps)};
+            Step step{of, passes.at(p), parts.of(from + half * bytes, p)};
             for (int t = 0; t < 2; ++t) step.of.a[t] = of.a[0] + step.pass.tile[t] * of.lda;
             step.of.b += half / 2 * PANEL_LANES + half % 2 * WIDE;
             return step;
@@ -212,16 +217,13 @@ void down_rows(bool on_tiles, const Summed& of, int64_t rows, const char* from, 
         return down_strip({{of.h, of.h}, of.ldh, of.panel, PANEL, of.steps}, 1, rows, from, y, token, ldy);
     }
 #endif
-    const int64_t tiles = ceil_div(rows, DN_M), steps = of.experts * of.steps;
-    for (int64_t i = 0, r = 0; i < tiles; ++i) {
-        const int64_t next = rows * (i + 1) / tiles;
-        with_rows<DN_M>(int(next - r), [&](auto m) {
-            Summed rows_of = of;
-            rows_of.h += r * of.ldh;
-            down_tile<m()>(rows_of, part(from, steps * PANEL * 4, i, tiles, steps), y, token + r, ldy);
-        });
-        r = next;
-    }
+    const int64_t steps = of.experts * of.steps;
+    const Parts parts(steps * PANEL * 4, ceil_div(rows, DN_M), steps);
+    with_tiles<DN_M>(rows, [&](auto m, int64_t first, int64_t before, int64_t count) {
+        Summed rest = of;
+        rest.h += first * of.ldh;
+        down_group<m()>(rest, count, parts.of(from, before), parts, y, token + first, ldy);
+    });
 }
 
 }  // namespace

@@ -12,17 +12,19 @@ INLINE void store_scores(Layer layer, const vf (&c)[2], element* to) {
 }
 
 template <int M>
-__attribute__((noinline)) void router_tile(
-    Layer layer, const lane* a, int64_t lda, const lane* b, int64_t steps, element* to, int64_t ld) {
-    vf c[M][2] = {};
-    product<M, 2>(Strided{a, lda}, b, steps, {reinterpret_cast<const char*>(b) + 4096, 2 * VL * 4}, c);
-    for (int m = 0; m < M; ++m) store_scores(layer, c[m], to + m * ld);
+__attribute__((noinline)) void router_group(
+    Layer layer, const lane* a, int64_t lda, int64_t count, const lane* b, int64_t steps, element* to, int64_t ld) {
+    for (; count > 0; --count, a += M * lda, to += M * ld) {
+        vf c[M][2] = {};
+        product<M, 2>(Strided{a, lda}, b, steps, {reinterpret_cast<const char*>(b) + 4096, 2 * VL * 4}, c);
+        for (int m = 0; m < M; ++m) store_scores(layer, c[m], to + m * ld);
+    }
 }
 
 // to = relu(A B) of the first layer or |A B| of the second, for rows [r0, r1) and blocks [b0, b1) of 2 VL columns.
 void router_product(Layer layer, bool on_tiles, const lane* a, int64_t lda, int64_t r0, int64_t r1, const lane* b,
                     int64_t steps, int64_t b0, int64_t b1, element* to, int64_t ld) {
-    const int64_t rows = r1 - r0, tiles = ceil_div(rows, UP_M);
+    const int64_t rows = r1 - r0;
 #if AMX
     if (on_tiles && rows >= TILE) {
         const Passes passes{rows};
@@ -49,14 +51,10 @@ void router_product(Layer layer, bool on_tiles, const lane* a, int64_t lda, int6
     }
 #endif
     for (int64_t j = b0; j < b1; ++j) {
-        for (int64_t i = 0, r = 0; i < tiles; ++i) {
-            const int64_t next = rows * (i + 1) / tiles;
-            with_rows<UP_M>(int(next - r), [&](auto m) {
-                router_tile<m()>(layer, a + (r0 + r) * lda, lda, b + j * steps * 2 * VL, steps,
-                                 to + (r0 + r) * ld + j * 2 * VL, ld);
-            });
-            r = next;
-        }
+        with_tiles<UP_M>(rows, [&](auto m, int64_t first, int64_t, int64_t count) {
+            router_group<m()>(layer, a + (r0 + first) * lda, lda, count, b + j * steps * 2 * VL, steps,
+                              to + (r0 + first) * ld + j * 2 * VL, ld);
+        });
     }
 }
 

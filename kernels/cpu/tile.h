@@ -177,11 +177,21 @@ INLINE void product(Rows a, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M
 
 // Calls f(std::integral_constant<int, m>) for the m in 1..Most that equals `rows`.
 template <int Most, class F>
-INLINE void with_rows(int rows, F f) {
+INLINE void with_rows(int64_t rows, F f) {
     if constexpr (Most > 0) {
         if (rows == Most) f(std::integral_constant<int, Most>());
         else with_rows<Most - 1>(rows, f);
     }
+}
+
+// Calls f(std::integral_constant<int, m>, first, before, count) for `rows` rows in tiles of at most Most, of even heights,
+// 13 = 7 + 6: `count` tiles of m rows each from row `first` on, with so many tiles before them.
+template <int Most, class F>
+INLINE void with_tiles(int64_t rows, F f) {
+    if (rows == 0) return;
+    const int64_t tiles = ceil_div(rows, Most), height = rows / tiles, higher = rows % tiles;
+    if (higher) with_rows<Most>(height + 1, [&](auto m) { f(m, int64_t(0), int64_t(0), higher); });
+    with_rows<Most>(height, [&](auto m) { f(m, higher * (height + 1), higher, tiles - higher); });
 }
 
 }  // namespace
