@@ -78,7 +78,7 @@ def test_an_entry_comes_back_as_it_was_and_only_for_what_it_was_measured_on() ->
     assert schedules.lookup(half) == schedules.default(half)
     for other in ({"device": "another"}, {"threads": 99}, {"kernels": "older"}):
         STORE.add([entry(replace(SPEC, d=32), **other)])
-    assert schedules.lookup(replace(SPEC, d=32)) == Schedule()
+    assert schedules.lookup(replace(SPEC, d=32)) == schedules.default(SPEC)
     assert len(STORE.read(STORE.path)) == 4
 
 
@@ -122,10 +122,10 @@ def test_a_damaged_store_is_one_warning_for_models_and_an_error_for_tools(damage
     with pytest.raises(TuningError, match=r"schedules|format"):
         STORE.read(path)
     with pytest.warns(DenseFallbackWarning, match="default schedules"):
-        assert schedules.lookup(SPEC) == Schedule()
+        assert schedules.lookup(SPEC) == schedules.default(SPEC)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert schedules.lookup(SPEC) == Schedule()
+        assert schedules.lookup(SPEC) == schedules.default(SPEC)
 
 
 @pytest.mark.parametrize(
@@ -180,12 +180,12 @@ def test_disturbed_measurements_decide_nothing(monkeypatch: pytest.MonkeyPatch) 
     noisy = lambda calls, *_: {name: Timing(float(len(name)), 0.0, 3, True) for name in calls}  # noqa: E731
     monkeypatch.setattr(timing, "alternate", noisy)
     with pytest.warns(d2d.errors.D2DWarning, match="disturbed"):
-        assert d2d.tune([SPEC], progress=False)[SPEC].schedule == Schedule()
+        assert d2d.tune([SPEC], progress=False)[SPEC].schedule == schedules.default(SPEC)
 
 
 def test_without_time_everything_keeps_its_default() -> None:
     found = d2d.tune([SPEC], budget=1e-9, progress=False)[SPEC]
-    assert found.schedule == Schedule() and not found.times
+    assert found.schedule == schedules.default(SPEC) and not found.times
 
 
 def test_a_wrong_kernel_is_an_error_not_a_winner(monkeypatch: pytest.MonkeyPatch) -> None:
