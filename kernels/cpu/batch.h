@@ -98,7 +98,7 @@ const lane* packed_panel(const Call& call, int64_t e, int64_t p, lane* own) {
     return own;
 }
 
-// Whether chosen rows of x are read where they lie, which took 16 to 30 % less of the up side's time than copying them
+// Whether chosen rows of x are read where they lie, which took 14 to 30 % less of the up side's time than copying them
 // did (fp32, 384/1536 to 2048/5632, executed .75, two cores of a Xeon).
 bool in_place() {
     static const bool room = APART == KS || cache_ways() >= UP_M;

@@ -116,9 +116,14 @@ struct Strided {
     INLINED Strided from(int64_t k) const { return {first + k, lda}; }
 };
 
-// Rows of A wherever they lie: fewer registers than rows, so each address is loaded once for two steps.
+// Rows of A wherever they lie. AVX-512 has more rows in a tile than registers for addresses: each is loaded once for
+// two steps. Elsewhere two steps of B would need more vector registers than there are.
 struct Scattered {
+#if defined(__AVX512F__)
     static constexpr int AT_ONCE = 2;
+#else
+    static constexpr int AT_ONCE = 1;
+#endif
     const lane* const* rows;
     int64_t k = 0;
     INLINED const lane* row(int m) const { return rows[m] + k; }
@@ -156,13 +161,6 @@ INLINE void tile(Rows a, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M][N
 // (rms 2.4e-7 of a block of 768/3072) and cost up to a tenth of the time, those of 256 lose 3.6e-7, eager's 5.3e-7.
 constexpr int64_t RUN = PER_LANE == 1 ? 256 : INT64_MAX;
 
-template <int M, int N>
-INLINE void add_sums(const vf (&sums)[M][N], vf (&c)[M][N]) {
-    for (int m = 0; m < M; ++m) {
-        UNROLL for (int n = 0; n < N; ++n) c[m][n] += sums[m][n];
-    }
-}
-
 // c[m][n] += the product, in sums of RUN steps.
 template <int M, int N, class Rows>
 INLINE void product(Rows a, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M][N]) {
@@ -170,7 +168,9 @@ INLINE void product(Rows a, const lane* b, int64_t steps, Ahead ahead, vf (&c)[M
         const int64_t run = std::min(RUN, steps - k);
         vf sums[M][N] = {};
         tile<M, N>(a.from(k), b + k * N * VL, run, {ahead.from + ahead.pace * k, ahead.pace}, sums);
-        add_sums(sums, c);
+        for (int m = 0; m < M; ++m) {
+            UNROLL for (int n = 0; n < N; ++n) c[m][n] += sums[m][n];
+        }
         k += run;
     }
 }
