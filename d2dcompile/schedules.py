@@ -80,7 +80,8 @@ def default(spec: Spec) -> Schedule:
     memory weighs more: running everything was as fast as an executed share of .71 to .82 with experts of 64
     (768/3072 and 2048/5632, 197 and 788 tokens, two cores of a Xeon), of .53 with experts of 32 (384/1536).
     In fp32 it was as fast as .95 with experts of 64 (768/3072, 788 tokens), of .85 with experts of 32
-    (384/1536, 2,048 tokens), since what all tokens run is summed over several experts at once.
+    (384/1536, 2,048 tokens; the same Xeon, no other processor was measured for it), since what all tokens run
+    is summed over several experts at once.
     """
     tiles = spec.bf16 and "amx_bf16" in build.processor()
     if spec.size < 64:

@@ -62,7 +62,8 @@ def speedup(rival: Timing, ours: Timing) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile over rounds of rival's seconds / ours.
 
     A machine that slows down for a while slows both samples of a round: these ratios spread less than their
-    samples do. Both were timed by one call of `alternate`.
+    samples do. Both were timed by one call of `alternate`;
+    ValueError if they have different numbers of rounds.
     """
     ratios = [a / b for a, b in zip(rival.rounds, ours.rounds, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

@@ -114,7 +114,7 @@ void up_tiles(const Call& call, const lane* plain, const int32_t* tokens, int64_
 // begins; `to`: the block's place in row 0 of h; `ahead`: what the first tile fetches, each later one `parts.each` on.
 template <int M, class F>
 __attribute__((noinline)) void up_group(F row, int64_t r, int64_t count, const lane* block, Ahead ahead, Parts parts,
-                                           const float* scalars, element* to, int64_t ldh, int valid) {
+                                        const float* scalars, element* to, int64_t ldh, int valid) {
     for (const int64_t end = r + count * M; r < end; r += M, ahead.from += parts.each) {
         const lane* a[M];
         for (int m = 0; m < M; ++m) a[m] = row(r + m);
@@ -137,7 +137,7 @@ void up_rows(const Site& site, F row, int64_t rows, const lane* packed, int64_t 
         const char* from = later(site, packed, b * BLOCK_LANES * 4, size, next, rows);
         with_tiles<UP_M>(rows, [&](auto m, int64_t first, int64_t before, int64_t count) {
             up_group<m()>(row, first, count, packed + b * BLOCK_LANES, parts.of(from, before), parts, site.scalars,
-                             h + b * BLOCK, ldh, valid);
+                          h + b * BLOCK, ldh, valid);
         });
     }
 }
@@ -153,7 +153,7 @@ struct Summed {
 // y[token[r]] += h[r] W_down for `count` tiles of M rows; `ahead` and `parts` as of up_group.
 template <int M>
 __attribute__((noinline)) void down_group(Summed of, int64_t count, Ahead ahead, Parts parts, float* y,
-                                             const int32_t* token, int64_t ldy) {
+                                          const int32_t* token, int64_t ldy) {
     for (; count > 0; --count, of.h += M * of.ldh, token += M) {
         vf c[M][DN] = {};
         if (of.steps > RUN) {
